@@ -114,7 +114,7 @@ def base() -> ConfigDict:
             "final": "weights",  # of a finished run stay: weights | all | nothing
         }
     )
-    config.log = ConfigDict({"every": 10, "wandb": "", "tensorboard": False, "progress": True})
+    config.log = ConfigDict({"wandb": "", "tensorboard": False})  # wandb: online | offline
     config.mesh = ConfigDict({"data": 0})  # devices along the batch; 0: all
     config.runs = "runs"  # folder of run directories
     return config
@@ -335,7 +335,7 @@ def validate(config: ConfigDict) -> None:
     for step in config.checkpoint.keep_at:
         if not isinstance(step, int) or not 0 < step <= train.steps:
             raise BadInput("config.checkpoint.keep_at", step, f"must be steps from 1 to {train.steps}")
-    at_least("log.every", config.log.every, 1)
+    choice("log.wandb", config.log.wandb, ("", "online", "offline"))
     at_least("mesh.data", config.mesh.data, 0)
     for field in ("seed", "data_seed"):
         between(field, config[field], 0, 2**32 - 1)

@@ -1,0 +1,46 @@
+"""An IsoFLOP sweep of Transformers: several sizes at each of several budgets (Hoffmann et al. 2022, approach 2).
+
+    scalelab plan  --config=isoflop
+    scalelab sweep --config=isoflop:budgets=1e12:2e12:4e12,sizes=5 --jobs=2
+    scalelab report runs/sweeps/isoflop-*.json
+
+Arguments: budgets (training FLOP, exact convention, by colons), sizes (models per budget), ratio (tokens per
+non-embedding parameter around which the sizes are laid), span (largest over smallest size of a budget), seeds
+(repeats), data and tokenizer as in `transformer`. The defaults are those of `make demo`: some minutes on two cores.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from scalelab import recipe
+from scalelab import sweep as sweeps
+from scalelab.config import load_file, override, parse_arg
+
+DEFAULTS: dict[str, Any] = {
+    "budgets": (4e11, 8e11, 1.6e12), "sizes": 4, "ratio": 20.0, "span": 8.0, "seeds": 1, "data": "",
+    "tokenizer": "bytes", "dtype": "float32",
+}  # fmt: skip
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    args = parse_arg(arg, **DEFAULTS)
+    config = load_file("transformer").get_config(f"data={args.data},tokenizer={args.tokenizer},dtype={args.dtype}")
+    changes = {"data.seq_len": 128, "data.batch_size": 16, "data.held_out_tokens": 32768, "train.eval_every": 0.25}
+    return override(config, changes).lock()
+
+
+def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
+    args = parse_arg(arg, **DEFAULTS)
+    for budget in args.budgets:
+        centre = math.sqrt(budget / (6 * args.ratio))  # C = 6 N D with D = ratio N
+        for rank in range(args.sizes):
+            place = rank / (args.sizes - 1) - 0.5 if args.sizes > 1 else 0.0
+            for seed in range(args.seeds):
+                yield {
+                    **recipe.transformer(centre * args.span**place),
+                    "seed": seed,
+                    "train.steps": sweeps.steps_for(budget),
+                }

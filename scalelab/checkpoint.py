@@ -1,0 +1,141 @@
+"""Checkpoints: Orbax, asynchronous, with checksums of our own.
+
+A checkpoint has three items: `params`, `rest` (optimizer state and step) and `meta` (JSON with the checksums). A
+finished run keeps `params` and `meta` of its last step. The step is the data position; there is no other.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+SCHEMA = 1
+_UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+@jax.jit
+def _checksums(tree: Any) -> list[jax.Array]:
+    """Two weighted sums of every array's bits, modulo 2^32.
+
+    Integer addition is exact in any order, so a sharded array needs no gathering. The weights are odd, hence
+    invertible modulo 2^32: no change of a single element can leave a sum as it was.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        bits = jax.lax.bitcast_convert_type(x, _UINT[x.dtype.itemsize]).astype(jnp.uint32).reshape(-1)
+        place = jnp.arange(bits.size, dtype=jnp.uint32)
+        weights = (place * jnp.uint32(2) + jnp.uint32(1), (place * jnp.uint32(0x9E3779B9)) | jnp.uint32(1))
+        return jnp.stack([jnp.sum(bits * weight, dtype=jnp.uint32) for weight in weights])
+
+    return [one(x) for x in jax.tree.leaves(tree)]
+
+
+def checksums(tree: Any) -> dict[str, list[int]]:
+    """Path of every array -> its checksum."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return dict(zip(names, ([int(v) for v in s] for s in jax.device_get(_checksums(tree))), strict=True))
+
+
+class Damaged(Exception):
+    """A checkpoint that does not hold what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. `params` and `rest` are pytrees of arrays; `rest` may be left out (final weights)."""
+
+    def __init__(self, folder: pathlib.Path, keep_last: int = 2, keep_at: Sequence[int] = ()):
+        self.keep_last, self.keep_at = keep_last, frozenset(keep_at)
+        options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, params: Any, rest: Any | None, meta: dict[str, Any]) -> None:
+        """Starts saving; the arrays may be overwritten as soon as this returns. An older save's failure raises here."""
+        self.manager.wait_until_finished()
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(params)}
+        sums = {"params": checksums(params)}
+        if rest is not None:
+            items["rest"] = ocp.args.StandardSave(rest)
+            sums["rest"] = checksums(rest)
+        document = {"schema": SCHEMA, "step": step, "checksums": sums, **meta}
+        self.manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(document)), force=True)
+        self._prune(self.keep_last)
+
+    def _prune(self, keep: int) -> None:
+        """Deletes all committed checkpoints but the newest `keep` and those to be kept for good."""
+        passing = [s for s in sorted(self.manager.all_steps()) if s not in self.keep_at]
+        for step in passing[:-keep] if keep else passing:
+            self.manager.delete(step)
+
+    def keep_only(self, step: int | None) -> None:
+        """Once the run is finished: drops what is neither the given step nor named in `keep_at`."""
+        self.wait()
+        for other in self.manager.all_steps():
+            if other != step and other not in self.keep_at:
+                self.manager.delete(other)
+
+    def restore(
+        self, params: Any, rest: Any, say: Callable[[str], None]
+    ) -> tuple[int, Any, Any | None, dict[str, Any]] | None:
+        """The newest sound checkpoint: (step, params, rest or None for final weights, meta); None if there is none.
+
+        `params` and `rest` are trees of ShapeDtypeStruct with shardings. A damaged checkpoint is deleted, aloud, and
+        the one before it is tried.
+        """
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                return self._restore(step, params, rest)
+            except Exception as error:  # anything may come out of damaged files
+                reason = " ".join(str(error).split()) or type(error).__name__
+                say(f"checkpoint of step {step} is damaged ({reason[:160]}); falling back to the one before")
+                self.manager.delete(step)
+        return None
+
+    def _restore(self, step: int, params: Any, rest: Any) -> tuple[int, Any, Any | None, dict[str, Any]]:
+        meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        sums = meta["checksums"]
+        items = {"params": ocp.args.StandardRestore(params)}
+        if "rest" in sums:
+            items["rest"] = ocp.args.StandardRestore(rest)
+        restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+        for item, expected in sums.items():
+            found = checksums(restored[item])
+            wrong = [name for name in expected if found.get(name) != expected[name]]
+            if wrong or len(found) != len(expected):
+                raise Damaged(f"checksum of {item}{wrong[0] if wrong else ''} differs")
+        if meta["step"] != step:
+            raise Damaged(f"says it is of step {meta['step']}")
+        return step, restored["params"], restored.get("rest"), meta
+
+    def wait(self) -> None:
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def load_params(folder: pathlib.Path, params: Any, say: Callable[[str], None] = print) -> tuple[int, Any] | None:
+    """(step, parameters) of the newest sound checkpoint below a run's folder, for evaluation and sampling.
+
+    Reads only: unlike `Checkpoints.restore` it deletes nothing.
+    """
+    if not (folder / "checkpoints").is_dir():
+        return None
+    with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                items = ocp.args.Composite(params=ocp.args.StandardRestore(params), meta=ocp.args.JsonRestore())
+                restored = manager.restore(step, args=items)
+                if checksums(restored.params) != restored.meta["checksums"]["params"]:
+                    raise Damaged("checksum of the parameters differs")
+                return step, restored.params
+            except Exception as error:
+                say(f"checkpoint of step {step} is damaged ({type(error).__name__}); trying the one before")
+    return None

@@ -1,0 +1,275 @@
+"""The command line. Heavy imports happen inside the commands, so that `--help` and errors are quick.
+
+Exit status: 0 done, 1 some run failed, 2 bad input, 75 stopped by SIGTERM and resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from scalelab import __version__
+from scalelab.errors import BadInput, FeatureMissing
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="scalelab", description="Scaling-law experiments: plan, train, record, fit, decide.")
+    parser.add_argument("--version", action="version", version=f"scalelab {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, help: str, **kwargs: Any) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help, allow_abbrev=False, **kwargs)
+
+    def configurable(p: argparse.ArgumentParser, required: bool = True) -> None:
+        p.add_argument(
+            "--config", required=required, metavar="NAME[:ARG]", help="built-in config or .py file, with its argument"
+        )
+        p.add_argument("--runs", default=None, metavar="DIR", help="folder of run directories (default: config.runs)")
+        p.epilog = "Any field of the config can be given as --config.section.field=value."
+
+    p = command("plan", "Show what a config or sweep would run, and what it drops")
+    configurable(p)
+    p = command("train", "Train one run, from wherever an earlier attempt left it")
+    configurable(p, required=False)
+    p.add_argument("--spec", metavar="FILE", help="a run's spec.json instead of a config")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p = command("sweep", "Train all runs of a config that are not finished yet")
+    configurable(p)
+    p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    p.add_argument("--name", default="", help="name of the sweep's file (default: the config's and a hash)")
+    p = command("status", "Table of runs: done, running, failed, missing, time left")
+    p.add_argument("path", nargs="?", default="runs", help="a run, a sweep's .json or a folder of runs (default: runs)")
+    p = command("fit", "Fit a law to runs or to any CSV")
+    p.add_argument("path", help="a run folder, a sweep's .json, or a .csv, .jsonl or .parquet file")
+    p.add_argument("--law", default="chinchilla", help="chinchilla | isoflop (default: chinchilla)")
+    p.add_argument("--columns", default="", metavar="ROLE=NAME,...", help="params=N,tokens=D,loss=L where names differ")
+    p.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default: 1000; 0: point fit)")
+    p.add_argument("--cluster", default=None, metavar="COLUMN", help="resample whole groups of rows")
+    p.add_argument("--at", type=float, nargs="*", default=[], metavar="FLOP", help="budgets to allocate")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default=None, metavar="FILE", help="save the fit (JSON)")
+    p = command("report", "Fit the laws to runs; tables here, everything in one HTML file")
+    p.add_argument("path", help="a run folder or a sweep's .json")
+    p.add_argument("--out", default="report.html", metavar="FILE")
+    p.add_argument("--bootstrap", type=int, default=1000, metavar="N")
+    p.add_argument("--title", default="scalelab report")
+    p = command("sample", "Write text from a run")
+    p.add_argument("run", help="a run's folder")
+    p.add_argument("--prompt", default="", help="text to continue")
+    p.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
+    p.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time (default: 0.8)")
+    p.add_argument("--seed", type=int, default=0)
+    p = command("data", "Build data sets")
+    verbs = p.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    build = verbs.add_parser(
+        "build", help="Tokenize documents into shards", description="Tokenize documents into shards"
+    )
+    if "data" in sys.argv[1:2]:  # its arguments live beside the builder, whose imports the other commands need not pay
+        from scalelab.data.build import add_arguments
+
+        add_arguments(build)
+    p = command("bench", "Measure scalelab itself; ratios to a baseline in the same run")
+    p.add_argument("what", choices=("step",), help="step: the loop's overhead over the bare jitted step")
+    p.add_argument("--pairs", type=int, default=9, metavar="N", help="interleaved pairs (default: 9)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    args.argv = argv
+    try:
+        args.overrides = _overrides(rest)
+        if args.overrides and getattr(args, "config", None) is None:
+            raise BadInput("command line", rest[0], "needs --config")
+        return globals()[f"_{args.command}"](args)
+    except (BadInput, FeatureMissing) as error:
+        print(f"scalelab: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except BrokenPipeError:  # `scalelab ... | head`
+        sys.stderr.close()
+        return DONE
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if type(error).__name__ == "Stopped":  # scalelab.train's, without importing it here
+            print(f"scalelab: {error}", file=sys.stderr)
+            return STOPPED
+        traceback.print_exc()
+        print(f"scalelab: failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return FAILED
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, str]:
+    """`--config.a.b=value` or `--config.a.b value` -> {"a.b": "value"}."""
+    found: dict[str, str] = {}
+    items = iter(rest)
+    for item in items:
+        match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", item, re.DOTALL)
+        if match is None:
+            raise BadInput(
+                "command line", item, "not an option here; fields of the config are --config.section.field=value"
+            )
+        value = match[2] if match[2] is not None else next(items, None)
+        if value is None:
+            raise BadInput(item, None, "needs a value")
+        found[match[1]] = value
+    return found
+
+
+def _root(args: argparse.Namespace, config: Any) -> pathlib.Path:
+    return pathlib.Path(args.runs or config.runs)
+
+
+def _expand(args: argparse.Namespace, name: str = "") -> tuple[Any, pathlib.Path]:
+    from scalelab import sweep
+
+    command = "scalelab " + shlex.join(args.argv)
+    found = sweep.expand(args.config, args.overrides, command, name)
+    return found, _root(args, found.runs[0].spec.config)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from scalelab import tables
+
+    sweep, root = _expand(args)
+    tables.plan(sweep, root)
+    return DONE
+
+
+def _train(args: argparse.Namespace) -> int:
+    from scalelab import config, sweep, tables, track, train
+
+    if (args.spec is None) == (args.config is None):
+        raise BadInput("command line", args.argv[1:], "needs either --config or --spec")
+    if args.spec is not None:
+        path = pathlib.Path(args.spec)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput("--spec", args.spec, f"cannot be read ({error})") from None
+        spec = config.RunSpec.from_json(text, str(path))
+        root = path.parent.parent
+    else:
+        spec = sweep.plan(config.load(args.config, args.overrides)).spec
+        root = _root(args, spec.config)
+    bar = [] if args.quiet else [track.ProgressBar(spec.config.train.steps, spec.id)]
+    record = train.run(spec, root, bar)
+    if not args.quiet:
+        tables.record(record, root / spec.id)
+    return DONE
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from scalelab import tables
+    from scalelab.launch import local
+
+    if args.jobs < 1:
+        raise BadInput("--jobs", args.jobs, "must be at least 1")
+    sweep, root = _expand(args, args.name)
+    path = sweep.save(root)
+    tables.plan(sweep, root)
+    outcome = local.run_all(root, [run.spec.id for run in sweep.runs], args.jobs)
+    tables.outcome(outcome, path)
+    return FAILED if outcome.failed else STOPPED if outcome.stopped else DONE
+
+
+def _status(args: argparse.Namespace) -> int:
+    from scalelab import tables
+
+    tables.status(pathlib.Path(args.path))
+    return DONE
+
+
+def _table(path: str) -> Any:
+    from scalelab import laws, records
+
+    if pathlib.Path(path).suffix in (".csv", ".jsonl", ".parquet"):
+        return laws.read_table(path)
+    table = records.load(path)
+    if table.empty:
+        raise BadInput("path", path, "holds no finished run yet; see `scalelab status`")
+    return table
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from scalelab import laws
+
+    columns = {}
+    for pair in filter(None, args.columns.split(",")):
+        role, equals, name = pair.partition("=")
+        if not equals:
+            raise BadInput("--columns", pair, "must be ROLE=NAME")
+        columns[role] = name
+    table = _table(args.path)
+    options: dict[str, Any] = {"columns": columns, "bootstrap": args.bootstrap, "seed": args.seed}
+    if args.law == "isoflop":
+        fit = laws.isoflop(table, **options)
+    else:
+        fit = laws.fit(args.law, table, cluster=args.cluster, **options)
+    print(fit.summary())
+    if args.at:
+        print()
+        print(fit.optimal(args.at).to_string())
+    if args.out:
+        fit.save(args.out)
+    return DONE
+
+
+def _report(args: argparse.Namespace) -> int:
+    from scalelab import laws, records, report
+
+    table = _table(args.path)
+    kept = table[table["status"] == "done"]
+    fits = {"chinchilla": laws.fit("chinchilla", table, bootstrap=args.bootstrap)}
+    isoflop = laws.isoflop(kept, bootstrap=args.bootstrap)
+    report.terminal(kept, fits, isoflop)
+    path = report.write(
+        args.out,
+        kept,
+        records.curves(args.path),
+        fits,
+        isoflop,
+        title=args.title,
+        command="scalelab " + shlex.join(args.argv),
+    )
+    print(f"report: {path}")
+    return DONE
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from scalelab import sample
+
+    for piece in sample.text(pathlib.Path(args.run), args.prompt, args.tokens, args.temperature, args.seed):
+        print(piece, end="", flush=True)
+    print()
+    return DONE
+
+
+def _data(args: argparse.Namespace) -> int:
+    from scalelab.data import build
+
+    return build.main(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from scalelab.bench import step
+
+    return step.main(args.pairs)

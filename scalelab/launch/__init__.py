@@ -1,0 +1,1 @@
+"""Ways to run the same RunSpecs; finished ones are skipped in all of them."""

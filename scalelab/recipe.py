@@ -1,0 +1,50 @@
+"""Recipes: a target size -> shape, learning rate and batch, as dotted overrides of a config.
+
+Starting points, not laws: a study that is to be believed tunes them at each scale, or shows that it need not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from scalelab.errors import BadInput
+
+
+def transformer_shape(width: int) -> dict[str, Any]:
+    """Shape of a SwiGLU Transformer of a width: one layer per 64 of width (at least 2), F = 8/3 D."""
+    head_dim = 64 if width % 64 == 0 and width >= 256 else 32 if width % 32 == 0 else 16
+    grain = 64 if width >= 256 else 16
+    heads = width // head_dim
+    return {
+        "model.width": width,
+        "model.layers": max(2, round(width / 64)),
+        "model.attention.heads": heads,
+        "model.attention.kv_heads": heads,
+        "model.attention.head_dim": head_dim,
+        "model.mlp.hidden": math.ceil(8 * width / 3 / grain) * grain,
+    }
+
+
+def transformer_params(shape: dict[str, Any]) -> int:
+    """Non-embedding parameters of such a shape: attention 4 D^2 and SwiGLU 3 D F a layer, norms (2 L + 1) D."""
+    width, layers, hidden = shape["model.width"], shape["model.layers"], shape["model.mlp.hidden"]
+    return layers * (4 * width**2 + 3 * width * hidden) + (2 * layers + 1) * width
+
+
+def transformer(params: float) -> dict[str, Any]:
+    """The shape whose non-embedding parameters come nearest to `params` (in ratio), and a learning rate for it.
+
+    Widths are multiples of 16 up to 256, of 64 above. Raises `BadInput` below the smallest shape.
+    """
+    smallest = transformer_params(transformer_shape(16))
+    if params < smallest / 2:
+        raise BadInput("params", params, f"the smallest Transformer of the recipe has {smallest} parameters")
+    widths = [*range(16, 256, 16), *range(256, 16385, 64)]
+    shape = min(map(transformer_shape, widths), key=lambda s: abs(math.log(transformer_params(s) / params)))
+    return {**shape, "optim.lr": learning_rate(shape["model.width"])}
+
+
+def learning_rate(width: int) -> float:
+    """Peak AdamW learning rate by width: 4e-3 at 128, falling as 1 / sqrt(width); at most 1e-2."""
+    return float(f"{min(1e-2, 4e-3 * math.sqrt(128 / width)):.3g}")

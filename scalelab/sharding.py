@@ -1,0 +1,42 @@
+"""Where arrays live: one mesh axis, `data`. The batch is split along it, parameters are copied to every device."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from scalelab.errors import BadInput
+
+
+def mesh(config: ConfigDict) -> Mesh:
+    """The mesh of a run. Raises `BadInput` where the devices or the micro-batch cannot be split that way.
+
+    Axes are of type Auto: the compiler places the intermediate arrays, the ends are ours to say.
+    """
+    available = jax.device_count()
+    devices = config.mesh.data or available
+    if devices > available:
+        raise BadInput("config.mesh.data", devices, f"this machine has {available} device(s)")
+    micro = config.data.batch_size // config.train.accum_steps
+    if micro % devices:
+        raise BadInput(
+            "config.data.batch_size",
+            config.data.batch_size,
+            f"over {config.train.accum_steps} accumulation step(s) it must be divisible by {devices} device(s)",
+        )
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def over_batch(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """This host's rows of a batch -> the global array, split along `data`."""
+    return jax.make_array_from_process_local_data(over_batch(mesh), rows)

@@ -1,0 +1,156 @@
+"""What the commands print: plans, outcomes, status. Views of specs and records, nothing is computed here twice."""
+
+from __future__ import annotations
+
+import pathlib
+import statistics
+from collections import Counter
+
+from rich.console import Console
+from rich.table import Table
+
+from scalelab import records
+from scalelab.config import RunSpec
+from scalelab.launch.local import Outcome, failure
+from scalelab.records import RunRecord
+from scalelab.sweep import Clock, Sweep
+from scalelab.sweep import plan as plan_run
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    return table
+
+
+def count(value: float | None, unit: str = "") -> str:
+    """Three digits and a suffix: 1.23M, 456k."""
+    if value is None:
+        return "-"
+    for factor, suffix in ((1e12, "T"), (1e9, "G" if unit == "B" else "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{suffix}{unit}"
+    return f"{value:.3g}{unit}"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 100:
+        return f"{seconds} s"
+    if seconds < 5400:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def plan(sweep: Sweep, root: pathlib.Path) -> None:
+    """Each run's parameters, tokens, FLOPs, time; what was dropped, and why; the disk that it takes."""
+    console = _console()
+    clock = Clock(root)
+    table = _table(
+        f"{sweep.name}: {len(sweep.runs)} run{'s' * (len(sweep.runs) != 1)}",
+        "id", "width x layers", "params", "non-emb.", "tokens", "tok/param", "epochs", "FLOPs", "steps", "lr", "seed",
+        "est. time", "",
+    )  # fmt: skip
+    total = 0.0
+    disk, peaks = 0, []
+    for run in sweep.runs:
+        config, done = run.spec.config, records.read(root / run.spec.id) is not None
+        seconds = clock.seconds(run.params, run.flops)
+        if not done:
+            total += seconds
+            peaks.append(run.disk_peak)
+        disk += run.disk
+        table.add_row(
+            run.spec.id, f"{config.model.width} x {config.model.layers}",
+            count(run.params), count(run.params_non_embedding),
+            count(run.tokens), f"{run.tokens / run.params:.3g}", "-" if run.epochs is None else f"{run.epochs:.2f}",
+            f"{run.flops:.3g}", str(run.steps), f"{config.optim.lr:.3g}", str(config.seed), duration(seconds),
+            "finished" if done else "",
+        )  # fmt: skip
+    console.print(table)
+    for drop in sweep.dropped:
+        what = ", ".join(f"{field.split('.', 1)[-1]}={value}" for field, value in drop.overrides.items())
+        console.print(f"dropped ({what or 'the config'}): {drop.reason}", markup=False, highlight=False)
+    console.print(
+        f"{count(sum(run.flops for run in sweep.runs))} FLOP; to train: about {duration(total)} one after another "
+        f"({clock.source}); disk: {count(disk, 'B')} when finished, {count(disk + max(peaks, default=0), 'B')} "
+        "at most per worker",
+        highlight=False,
+    )
+
+
+def record(record: RunRecord, folder: pathlib.Path) -> None:
+    console = _console()
+    if record.status == "diverged":
+        console.print(f"{record.id} diverged: {record.reason}", markup=False)
+    else:
+        console.print(
+            f"{record.id}: held-out loss {record.loss:.4f} ± {record.loss_se or float('nan'):.4f} nats per token "
+            f"({record.bpb:.4f} bits per byte), {count(record.params)} parameters, {count(record.tokens)} tokens, "
+            f"{record.flops:.3g} FLOP, {duration(record.seconds or 0)}",
+            highlight=False,
+        )
+    console.print(str(folder / "record.json"), highlight=False, soft_wrap=True)
+
+
+def outcome(outcome: Outcome, path: pathlib.Path) -> None:
+    console = _console()
+    parts = {
+        "trained": len(outcome.done), "finished before": len(outcome.skipped), "diverged": len(outcome.diverged),
+        "failed": len(outcome.failed), "stopped": len(outcome.stopped),
+    }  # fmt: skip
+    console.print("sweep: " + ", ".join(f"{n} {what}" for what, n in parts.items() if n), highlight=False)
+    for run, reason in outcome.failed.items():
+        console.print(f"failed {run}: {reason}", markup=False, highlight=False)
+    if outcome.stopped:
+        console.print("the same command goes on where this one stopped")
+    console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def status(path: pathlib.Path) -> None:
+    """Done, running, failed with the reason, missing; and the time that the rest takes at the rate so far."""
+    console = _console()
+    table = _table(str(path), "id", "state", "params", "FLOPs", "step", "loss", "± se", "seconds", "note")
+    states: Counter[str] = Counter()
+    rates, left = [], 0.0
+    for folder in records.run_folders(path):
+        found = records.read(folder)
+        line = records.last_metrics(folder)
+        if found is not None:
+            states[found.status] += 1
+            if found.flops_per_second:
+                rates.append(found.flops / (found.seconds or 1.0))
+            table.add_row(
+                found.id, found.status, count(found.params), f"{found.flops:.3g}", str(found.steps),
+                number(found.loss), number(found.loss_se),
+                f"{found.seconds or 0:.0f}", found.reason or "",
+            )  # fmt: skip
+            continue
+        reason = failure(folder)
+        state = "running" if records.is_locked(folder) else "failed" if reason else "started" if line else "missing"
+        states[state] += 1
+        params, compute, steps = "-", None, "-"
+        if (folder / "spec.json").is_file():
+            spec = RunSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"), str(folder / "spec.json"))
+            run = plan_run(spec.config)
+            params, compute, steps = count(run.params), run.flops, str(run.steps)
+            left += run.flops * (1 - (line["step"] / run.steps if line else 0))
+        table.add_row(
+            folder.name, state, params, f"{compute:.3g}" if compute else "-",
+            f"{line['step'] if line else 0}/{steps}", number(line["loss"] if line else None), "",
+            f"{line['seconds']:.0f}" if line else "", reason or "",
+        )  # fmt: skip
+    console.print(table)
+    summary = ", ".join(f"{n} {state}" for state, n in states.items())
+    eta = f"; about {duration(left / statistics.median(rates))} of training left" if left and rates else ""
+    console.print(summary + eta, highlight=False)

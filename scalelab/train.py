@@ -1,0 +1,455 @@
+"""The training loop, readable top to bottom.
+
+Modules describe, the hot path is plain JAX: the model is split once into a graph definition and raw arrays, one jitted
+step maps (state, batch) to (state, metrics) and gives its old state's memory back, and the metrics of a step are read
+after the next one is under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import signal
+import statistics
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from scalelab import data, flops, models, optim, parametrization, records, sharding
+from scalelab.checkpoint import Checkpoints
+from scalelab.config import RunSpec
+from scalelab.errors import BadInput
+from scalelab.evaluate import Evaluator
+from scalelab.records import RunRecord
+from scalelab.track import MetricsFile, Sink, optional_sinks, say
+
+
+class TrainState(NamedTuple):
+    params: Any  # nested dict of float32 arrays
+    opt_state: Any
+    step: Int[Array, ""]  # updates done
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT), has saved itself and can go on later."""
+
+    def __init__(self, step: int, steps: int):
+        super().__init__(f"stopped after step {step} of {steps}; the same command resumes it")
+        self.step = step
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+
+def resolve(config: ConfigDict, corpus: data.Corpus) -> ConfigDict:
+    """The model section with its vocabulary filled in and checked against the tokenizer's."""
+    model = config.model.copy_and_resolve_references()
+    model.vocab_size = model.vocab_size or corpus.vocab_size
+    if model.vocab_size < corpus.vocab_size:
+        raise BadInput(
+            "config.model.vocab_size", model.vocab_size, f"the tokenizer has {corpus.vocab_size} tokens; 0 takes that"
+        )
+    models.validate(model)
+    return model.lock()
+
+
+def make_nll(
+    config: ConfigDict, model: ConfigDict, bos: int
+) -> Callable[[Any, Int[Array, "B T+1"]], tuple[Float[Array, "B T"], Float[Array, "B T"], Any]]:
+    """(params, rows) -> negative log-likelihood in nats and log-sum-exp of the logits, per target token."""
+    graphdef, _ = models.abstract(model)
+
+    def nll(params: Any, rows: Int[Array, "B T+1"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Any]:
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        segments = jnp.cumsum(inputs == bos, axis=1) if config.data.document_mask else None
+        return models.merge(graphdef, params).nll(inputs, targets, segments)
+
+    return nll
+
+
+def make_step(
+    config: ConfigDict, nll: Callable[..., Any], optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Int[Array, "B T+1"]], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """One update on a global batch, cut into `accum_steps` parts. Not jitted yet.
+
+    Loss and gradient are sums over all target tokens divided by their number in the whole batch, whatever the parts.
+    """
+    parts, z_loss = config.train.accum_steps, config.train.z_loss
+    rate = optim.schedule(config.optim, config.train.steps)
+
+    def objective(params: Any, rows: Int[Array, "b T+1"]) -> tuple[Array, Array]:
+        losses, lse, _ = nll(params, rows)
+        loss = jnp.sum(losses)
+        return loss + z_loss * jnp.sum(lse**2), loss
+
+    gradient = jax.grad(objective, has_aux=True)
+
+    def step(state: TrainState, rows: Int[Array, "B T+1"]) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        if parts == 1:
+            grads, loss = gradient(state.params, rows)
+        else:
+            # Every device cuts its own rows, so that no row moves.
+            cut = rows.reshape(-1, parts, rows.shape[1]).swapaxes(0, 1)
+
+            def add(total: Any, part: Array) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+
+            zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros((), jnp.float32))
+            (grads, loss), _ = jax.lax.scan(add, zero, cut)
+        tokens = rows.shape[0] * (rows.shape[1] - 1)
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {"loss": loss / tokens, "grad_norm": optax.global_norm(grads), "lr": rate(state.step)}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    return step
+
+
+class Trainer:
+    """What a run needs on the device: its mesh, its initial state, its compiled step and evaluation."""
+
+    def __init__(self, config: ConfigDict, corpus: data.Corpus):
+        self.model = resolve(config, corpus)
+        self.mesh = sharding.mesh(config)
+        self.config = config
+        _, shapes = models.abstract(self.model)
+        mask = parametrization.decay_mask(models.roles(self.model), config.optim.decay_embeddings)
+        self.optimizer = optim.optimizer(config.optim, config.train.steps, mask)
+        nll = make_nll(config, self.model, corpus.bos)
+        everywhere = sharding.replicated(self.mesh)
+        self.step = jax.jit(make_step(config, nll, self.optimizer), donate_argnums=0)
+        self.nll = jax.jit(lambda params, rows: nll(params, rows)[0], out_shardings=everywhere)
+        self._init = jax.jit(self._initial, out_shardings=everywhere)
+        self.abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(self._initial, 0)
+        )
+        assert jax.tree.structure(shapes) == jax.tree.structure(self.abstract.params)
+
+    def _initial(self, seed: Any) -> TrainState:
+        params = models.init(self.model, jax.random.key(seed))
+        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def initial_state(self) -> TrainState:
+        return self._init(np.uint32(self.config.seed))
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+
+def run(spec: RunSpec, runs: str | os.PathLike[str] | None = None, sinks: Sequence[Sink] = ()) -> RunRecord:
+    """Trains a run to its end, from wherever an earlier attempt left it, and returns its record.
+
+    A finished run is not trained again. Raises `Stopped` when asked to stop, `BadInput` for what the user can mend;
+    any other failure leaves `failure.json` with the reason and the traceback, and the run can be taken up again.
+    """
+    folder = pathlib.Path(runs if runs is not None else spec.config.runs) / spec.id
+    record = records.read(folder)
+    if record is not None:
+        return record
+    use_compilation_cache()
+    corpus = data.open(spec.config.data)
+    if dict(corpus.content) != dict(spec.content):
+        raise BadInput(
+            "spec.content", spec.content, f"the data has changed since the run was planned: {corpus.content}"
+        )
+    trainer = Trainer(spec.config, corpus)  # everything that can be refused is refused before the folder exists
+    with records.run_lock(folder):
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "failure.json").unlink()
+        records.write_atomically(folder / "spec.json", spec.to_json())
+        try:
+            return Attempt(spec, folder, corpus, trainer).run(sinks)
+        except Exception as error:
+            if not isinstance(error, Stopped | BadInput):
+                write_failure(folder, error)
+            raise
+
+
+class Attempt:
+    """One start of a run: resume, loop, finish."""
+
+    def __init__(self, spec: RunSpec, folder: pathlib.Path, corpus: data.Corpus, trainer: Trainer):
+        self.began = time.perf_counter()
+        self.started = _utc()
+        self.spec, self.config, self.folder = spec, spec.config, folder
+        self.corpus, self.trainer = corpus, trainer
+        self.steps = self.config.train.steps
+        self.step_times: list[float] = []
+        weights = {name: source.weight for name, source in self.config.data.sources.items()}
+        self.evaluate = Evaluator(corpus.held_out(), weights, self.config.data.batch_size, trainer.mesh, trainer.nll)
+
+    def run(self, sinks: Sequence[Sink]) -> RunRecord:
+        checkpoint = self.config.checkpoint
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", checkpoint.keep_last, checkpoint.keep_at)
+        try:
+            state, lines = self._resume()
+            self.metrics = MetricsFile(self.folder, lines)
+            self.sinks = [self.metrics, *optional_sinks(self.spec, self.folder), *sinks]
+            try:
+                reason = self.loop(state, len(lines)) if state is not None else None
+            finally:
+                for sink in self.sinks:
+                    sink.close()
+            return self._finish(reason)
+        finally:
+            self.checkpoints.close()
+
+    # -------------------------------------------------------------------------------------------- resume
+
+    def _resume(self) -> tuple[TrainState | None, list[dict[str, Any]]]:
+        """The state to go on from (None: trained to the end already) and the metrics up to it."""
+        lines = records.read_metrics(self.folder)
+        self._count_attempt(lines)
+        abstract = self.trainer.abstract
+        restored = self.checkpoints.restore(abstract.params, abstract._replace(params={})._asdict(), say)
+        if restored is not None:
+            step, params, rest, _ = restored
+            if [line["step"] for line in lines[:step]] != list(range(1, step + 1)):
+                say(f"metrics.jsonl does not reach the checkpoint of step {step}; starting the run again")
+                self.checkpoints.keep_only(None)
+            elif rest is not None:
+                say(f"run {self.spec.id} resumes after step {step} of {self.steps}")
+                return TrainState(params, rest["opt_state"], rest["step"]), lines[:step]
+            elif step == self.steps and "held_out" in lines[step - 1]:
+                return None, lines[:step]
+        return self.trainer.initial_state(), []
+
+    def _count_attempt(self, lines: list[dict[str, Any]]) -> None:
+        """Seconds add up over attempts, also over what a killed one did after its last checkpoint."""
+        path = self.folder / "attempts.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"attempts": 0, "seconds": 0.0}
+        self.attempts = before["attempts"] + 1
+        self.seconds_before = max(before["seconds"], lines[-1]["seconds"] if lines else 0.0)
+        document = {"attempts": self.attempts, "seconds": self.seconds_before}
+        records.write_atomically(path, json.dumps(document) + "\n")
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    # -------------------------------------------------------------------------------------------- loop
+
+    def loop(self, state: TrainState, start: int) -> str | None:
+        """Trains from update `start` to the end. Returns why the run diverged, or None."""
+        config, steps, trainer = self.config, self.steps, self.trainer
+        every = max(1, round(config.train.eval_every * steps)) if config.train.eval_every else steps
+        # The global batch of a step depends on (data_seed, step) alone; this host takes its rows of it.
+        stream = self.corpus.stream(config.data_seed, start, jax.process_index(), jax.process_count())
+        saved_at, saved_step = time.perf_counter(), start
+        running: tuple[int, Any] | None = None  # the step whose metrics have not been read yet
+        reason, self.last_read = None, None
+        with stop_signal() as stop, contextlib.closing(stream):
+            for step in range(start + 1, steps + 1):
+                state, metrics = trainer.step(state, sharding.put_rows(next(stream), trainer.mesh))
+                if running is not None and (reason := self._read(*running)):
+                    break
+                running = (step, metrics)
+
+                # ---- what happens between steps
+                now = time.perf_counter()
+                save = (
+                    step in config.checkpoint.keep_at
+                    or (config.checkpoint.every and step % config.checkpoint.every == 0)
+                    or (config.checkpoint.every_s and now - saved_at > config.checkpoint.every_s)
+                    or stop.is_set()
+                ) and step > saved_step
+                evaluation = step % every == 0 or step == steps
+                if not (save or evaluation):
+                    continue
+                if reason := self._read(*running, self.evaluate(state.params) if evaluation else None):
+                    break
+                running, self.last_read = None, None
+                if save and (step < steps or config.checkpoint.final == "all"):
+                    self._save(step, state, final=False)
+                    saved_at, saved_step = time.perf_counter(), step
+                if stop.is_set() and step < steps:
+                    self.checkpoints.wait()
+                    raise Stopped(step, steps)
+        if reason is None and config.checkpoint.final == "weights":
+            self._save(steps, state, final=True)
+        return reason
+
+    def _read(self, step: int, metrics: Any, held_out: dict[str, Any] | None = None) -> str | None:
+        """Waits for a step's metrics and writes its line. Returns the reason if the run has diverged there."""
+        loss, grad_norm, lr = (float(metrics[name]) for name in ("loss", "grad_norm", "lr"))
+        now = time.perf_counter()
+        if self.last_read is not None:
+            self.step_times.append(now - self.last_read)
+        self.last_read = now
+        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": round(self._seconds(), 3)}
+        if held_out is not None:
+            line["held_out"] = held_out
+        for sink in self.sinks:
+            sink.write(line)
+        limit = self.config.train.diverge_above * math.log(self.trainer.model.vocab_size)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return f"loss {loss}, gradient norm {grad_norm} at step {step}"
+        if step > self.config.optim.warmup * self.steps and loss > limit:
+            return f"loss {loss:.4g} above {limit:.4g} (train.diverge_above x ln V) at step {step}"
+        if held_out is not None and not math.isfinite(held_out["loss"]):
+            return f"held-out loss {held_out['loss']} at step {step}"
+        return None
+
+    def _save(self, step: int, state: TrainState, final: bool) -> None:
+        os.fsync(self.metrics.file.fileno())  # a checkpoint vouches for the metrics up to it
+        rest = None if final else state._replace(params={})._asdict()
+        self.checkpoints.save(step, state.params, rest, {"run": self.spec.id})
+
+    # -------------------------------------------------------------------------------------------- finish
+
+    def _finish(self, reason: str | None) -> RunRecord:
+        """Final weights first, then the superfluous checkpoints go, the record comes last."""
+        keeps = reason is None and self.config.checkpoint.final != "nothing"
+        self.checkpoints.keep_only(self.steps if keeps else None)
+        record = self._record(reason)
+        if jax.process_index() == 0:
+            records.write_atomically(self.folder / "record.json", record.to_json())
+        return record
+
+    def _record(self, reason: str | None) -> RunRecord:
+        config, model, corpus = self.config, self.trainer.model, self.corpus
+        lines = records.read_metrics(self.folder)
+        steps = lines[-1]["step"]
+        batch_tokens = config.data.batch_size * config.data.seq_len
+        tokens = steps * batch_tokens
+        counts = flops.counts(model)
+        compute = flops.conventions(model, config.data.seq_len, tokens)
+        held_out = {} if reason else lines[-1]["held_out"]
+        tail = [line["loss"] for line in lines[-max(1, len(lines) // 10) :]]
+        step_seconds = statistics.median(self.step_times) if self.step_times else None
+        rate = compute["flops"] / steps / step_seconds if step_seconds else None
+        peak = peak_flops()
+        devices = self.trainer.mesh.devices.flatten()
+        commit, dirty = git_state()
+        return RunRecord(
+            id=self.spec.id, family=config.family, status="diverged" if reason else "done", reason=reason,
+            seed=config.seed, data_seed=config.data_seed,
+            params=counts.total, params_active=counts.active, params_non_embedding=counts.non_embedding,
+            width=model.width, layers=model.layers, vocab_size=model.vocab_size,
+            steps=steps, tokens=tokens, unique_tokens=corpus.unique_tokens,
+            epochs=tokens / corpus.unique_tokens if corpus.unique_tokens else None,
+            **compute, batch_tokens=batch_tokens, seq_len=config.data.seq_len,
+            data=corpus.description, tokenizer=config.data.tokenizer,
+            lr=config.optim.lr, schedule=config.optim.schedule, warmup=config.optim.warmup,
+            weight_decay=config.optim.weight_decay, optimizer=config.optim.name, parametrization="standard",
+            precision=model.compute_dtype,
+            loss=held_out.get("loss"), loss_se=held_out.get("loss_se"),
+            bpb=held_out.get("bpb"), bpb_se=held_out.get("bpb_se"), held_out=held_out.get("sources", {}),
+            train_loss=None if None in tail else sum(tail) / len(tail), entropy=corpus.entropy,
+            seconds=round(self._seconds(), 3), step_seconds=step_seconds,
+            tokens_per_second=batch_tokens / step_seconds if step_seconds else None,
+            flops_per_second=rate, mfu=rate / (peak * len(devices)) if rate and peak else None,
+            peak_memory=peak_memory(), device=f"{len(devices)} x {devices[0].device_kind}", host=platform.node(),
+            attempts=self.attempts, started=self.started, finished=_utc(), versions=versions(),
+            git_commit=commit, git_dirty=dirty,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ surroundings
+
+
+def write_failure(folder: pathlib.Path, error: BaseException) -> None:
+    """Leaves `failure.json` for `scalelab status`; a full disk, which may be the failure itself, is no second one."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    document = {"reason": reason[:500], "traceback": "".join(traceback.format_exception(error)), "time": _utc()}
+    with contextlib.suppress(OSError):
+        records.write_atomically(folder / "failure.json", json.dumps(document, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM or the first SIGINT sets. Elsewhere than in the main thread it is never set."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice
+        event.set()
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def cache_folder() -> pathlib.Path:
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "scalelab"
+
+
+def use_compilation_cache() -> None:
+    """XLA's persistent cache, unless the user has chosen one: a sweep's runs of one shape compile once."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+# Dense bf16 FLOP/s per device, from the makers' data sheets.
+_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+         "TPU v5p": 459e12, "TPU v6 lite": 918e12}  # fmt: skip
+
+
+def peak_flops() -> float | None:
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in _PEAK.items() if name in kind), None)
+
+
+def peak_memory() -> int:
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    names = ("scalelab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+@functools.cache
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit and dirty flag of the repository that tracks this code; failing that, of the working directory's."""
+
+    def git(*arguments: str, folder: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    here = str(pathlib.Path(__file__).parent)
+    folder = here if git("ls-files", "--error-unmatch", pathlib.Path(__file__).name, folder=here) else "."
+    commit = git("rev-parse", "HEAD", folder=folder)
+    status = git("status", "--porcelain", folder=folder)
+    return commit, None if status is None else bool(status)
+
+
+def _utc() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
