@@ -1,0 +1,45 @@
+# Each target does all its own set-up: a virtual environment in .venv, made with the first Python >= 3.11 found.
+# Another interpreter: make PYTHON=/path/to/python ...
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+JOBS ?= 2
+
+.PHONY: demo test test-fast lint format types clean
+
+# An IsoFLOP sweep of a Transformer on real text, the Chinchilla surface and the IsoFLOP optimum, report.html.
+demo: .venv/installed
+	$(BIN)/scalelab sweep --config=isoflop --name=demo --runs=demo --jobs=$(JOBS)
+	$(BIN)/scalelab report demo/sweeps/demo.json --out=report.html --title="IsoFLOP sweep: a byte-level Transformer on Python's standard library"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -n $(JOBS)
+
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv/installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: needs Python >= 3.11; name one with PYTHON=..."; exit 2; }
+	@test -x $(BIN)/python || { echo "setting up .venv ..."; $(PYTHON) -m venv .venv; }
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-newest demo report.html
