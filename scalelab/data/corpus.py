@@ -146,11 +146,11 @@ class _Steps:
     def __getitem__(self, index: int) -> np.ndarray:
         corpus = self._corpus
         g = index * corpus.batch_size + self._first + np.arange(self._rows, dtype=np.int64)
-        number, index = corpus.mixture.locate(g)
+        number, position = corpus.mixture.locate(g)
         batch = np.empty((self._rows, corpus.seq_len + 1), np.int32)
         for i, source in enumerate(corpus.sources.values()):
             if (mine := number == i).any():
-                batch[mine] = source.rows(self._seed, index[mine])
+                batch[mine] = source.rows(self._seed, position[mine])
         return batch
 
 

@@ -73,7 +73,7 @@ def read(path: str, field: str) -> Documents:
     root = pathlib.Path(sysconfig.get_path("stdlib") if embedded else path)
     if embedded and not root.is_dir():
         raise BadInput(field, path, "this Python has no standard library as files; name a text file or folder")
-    if not root.exists():
+    if not os.path.exists(root):
         raise BadInput(field, path, "no such file or folder")
     texts, files, skipped = [], 0, 0
     for file in _standard_library(root) if embedded else _files(root, field):

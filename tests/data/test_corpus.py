@@ -6,21 +6,11 @@ import threading
 import numpy as np
 import pytest
 
-from scalelab import config, data
+from scalelab import data
 from scalelab.data.corpus import Mixture
 from scalelab.errors import BadInput
 
 WORDS = ["alpha", "beta", "gamma", "delta", "é", "naïve", "漢字", "\n"]
-
-
-def settings(sources=None, **fields):
-    changes = {f"data.{name}": value for name, value in fields.items()}
-    if sources is not None:
-        changes["data.sources"] = {
-            name: source if isinstance(source, dict) else {"kind": "text", "path": str(source), "weight": 1.0}
-            for name, source in sources.items()
-        }
-    return config.override(config.base(), changes).data
 
 
 @pytest.fixture
@@ -46,7 +36,7 @@ def served(corpus, seed, steps, first=0):
     return np.concatenate([batches[step] for step in range(first, first + steps)])
 
 
-def test_a_batch_depends_on_seed_and_step_alone(folder):
+def test_a_batch_depends_on_seed_and_step_alone(folder, settings):
     corpus = data.open(settings({"a": folder}, seq_len=64, batch_size=8))
     batches = corpus.batches(seed=3)
     later, sooner = batches[17], batches[2]
@@ -59,7 +49,7 @@ def test_a_batch_depends_on_seed_and_step_alone(folder):
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_one_global_batch(folder, hosts):
+def test_hosts_share_one_global_batch(folder, hosts, settings):
     corpus = data.open(settings({"a": folder}, seq_len=64, batch_size=8))
     parts = [corpus.batches(1, host, hosts)[5] for host in range(hosts)]
     np.testing.assert_array_equal(np.concatenate(parts), corpus.batches(1)[5])
@@ -67,7 +57,7 @@ def test_hosts_share_one_global_batch(folder, hosts):
         corpus.batches(1, 0, 3)
 
 
-def test_each_window_comes_once_an_epoch_in_another_order(folder):
+def test_each_window_comes_once_an_epoch_in_another_order(folder, settings):
     corpus = data.open(settings({"a": folder}, seq_len=128, batch_size=1))
     n = corpus.unique_tokens // 128
     first, second = served(corpus, 0, n), served(corpus, 0, n, first=n)
@@ -83,7 +73,7 @@ def test_each_window_comes_once_an_epoch_in_another_order(folder):
     assert not np.array_equal(other, second)
 
 
-def test_training_windows_are_whole_documents_and_none_that_is_held_out(folder):
+def test_training_windows_are_whole_documents_and_none_that_is_held_out(folder, settings, held_texts):
     corpus = data.open(settings({"a": folder}, seq_len=50, batch_size=1, held_out_tokens=10**9))
     n = corpus.unique_tokens // 50
     rows = {tuple(row[:50].tolist()): row for row in served(corpus, 0, n)}
@@ -107,20 +97,7 @@ def test_training_windows_are_whole_documents_and_none_that_is_held_out(folder):
     assert 0.005 < len(held) / 200 < 0.08
 
 
-def held_texts(corpus):
-    out = {}
-    for name, held in corpus.held_out().items():
-        targets, doc = held.tokens[:, 1:].ravel(), held.doc.ravel()
-        out[name] = []
-        for i, size in enumerate(held.bytes):
-            mine = targets[doc == i]
-            assert mine[-1] == corpus.bos
-            out[name].append(corpus.tokenizer.decode(mine[:-1]).encode())
-            assert len(out[name][-1]) == size
-    return out
-
-
-def test_held_out_windows_score_each_token_once(folder):
+def test_held_out_windows_score_each_token_once(folder, settings):
     corpus = data.open(settings({"a": folder}, seq_len=37, batch_size=2, held_out_tokens=5000))
     held = corpus.held_out()["a"]
     assert held.tokens.shape[1:] == (38,)
@@ -134,7 +111,7 @@ def test_held_out_windows_score_each_token_once(folder):
     assert (np.diff(held.doc[used]) >= 0).all()
 
 
-def test_held_out_documents_are_the_same_for_every_run(folder):
+def test_held_out_documents_are_the_same_for_every_run(folder, settings, held_texts):
     texts = [
         held_texts(data.open(settings({"a": folder}, held_out_tokens=5000, **fields)))["a"]
         for fields in ({"seq_len": 32, "batch_size": 2}, {"seq_len": 100, "batch_size": 16}, {"seq_len": 7})
@@ -146,7 +123,7 @@ def test_held_out_documents_are_the_same_for_every_run(folder):
     assert one == texts[0][:1]
 
 
-def test_stream_reads_ahead_in_order_and_leaves_no_thread(folder):
+def test_stream_reads_ahead_in_order_and_leaves_no_thread(folder, settings):
     before = threading.active_count()
     corpus = data.open(settings({"a": folder}, seq_len=64, batch_size=4, threads=3))
     batches = corpus.batches(9)
@@ -156,7 +133,7 @@ def test_stream_reads_ahead_in_order_and_leaves_no_thread(folder):
     assert threading.active_count() == before
 
 
-def test_mixture_follows_weights_and_serves_every_source_in_order(folder, tmp_path):
+def test_mixture_follows_weights_and_serves_every_source_in_order(folder, tmp_path, settings):
     other = tmp_path / "other.txt"
     other.write_text("something else entirely\n" * 3000)
     third = tmp_path / "third.txt"
@@ -187,7 +164,7 @@ def test_mixture_is_exact_far_out_and_in_any_order():
     assert index[number == 0][-1] == pytest.approx(10**10 * 2 / 7, rel=1e-6)
 
 
-def test_a_copy_in_another_source_is_held_out_there_too(folder, tmp_path):
+def test_a_copy_in_another_source_is_held_out_there_too(folder, tmp_path, settings, held_texts):
     corpus = data.open(settings({"a": folder}, seq_len=32, batch_size=1, held_out_tokens=10**9))
     held = held_texts(corpus)["a"]
     copies = tmp_path / "copies"
@@ -202,7 +179,7 @@ def test_a_copy_in_another_source_is_held_out_there_too(folder, tmp_path):
         assert not [text for text in held if text in trained]
 
 
-def test_fingerprint_is_the_content_and_knows_no_path(folder, tmp_path):
+def test_fingerprint_is_the_content_and_knows_no_path(folder, tmp_path, settings):
     one = data.fingerprint(settings({"a": folder}))
     assert one == data.open(settings({"a": folder})).content
     moved = tmp_path / "elsewhere"
@@ -212,7 +189,7 @@ def test_fingerprint_is_the_content_and_knows_no_path(folder, tmp_path):
     assert data.fingerprint(settings({"a": moved})) != one
 
 
-def test_seq_len_longer_than_the_text_is_refused(tmp_path):
+def test_seq_len_longer_than_the_text_is_refused(tmp_path, settings):
     short = tmp_path / "short.txt"
     short.write_text("few words\n" * 300)
     with pytest.raises(BadInput, match=r"config.data.seq_len = 4096: .*short"):
