@@ -1,0 +1,6 @@
+"""Data: text, token shards and a synthetic language as batches that are a pure function of (seed, step)."""
+
+from scalelab.data.corpus import Corpus, fingerprint, open
+from scalelab.data.stream import HeldOut
+
+__all__ = ["Corpus", "HeldOut", "fingerprint", "open"]
