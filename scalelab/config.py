@@ -8,6 +8,7 @@ a config is said before anything is compiled, as `errors.BadInput`.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -16,7 +17,8 @@ import json
 import math
 import pathlib
 import runpy
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -192,8 +194,23 @@ class ConfigFile:
     name: str
     path: pathlib.Path
     arg: str
-    get_config: Callable[[str], ConfigDict]
-    sweep: Callable[[str], Iterable[Mapping[str, Any]]] | None
+    _get_config: Callable[[str], ConfigDict]
+    _sweep: Callable[[str], Iterable[Mapping[str, Any]]] | None
+
+    def get_config(self, arg: str | None = None) -> ConfigDict:
+        """The file's config for an argument (default: the one that it was named with)."""
+        with _users_code(self.name, self.path):
+            config = self._get_config(self.arg if arg is None else arg)
+        if not isinstance(config, ConfigDict):
+            raise BadInput("get_config", type(config).__name__, "must return an ml_collections.ConfigDict")
+        return config
+
+    def sweep(self) -> list[Mapping[str, Any]] | None:
+        """The sweep's points as dotted overrides; None if the file has no `sweep`."""
+        if self._sweep is None:
+            return None
+        with _users_code(self.name, self.path):
+            return list(self._sweep(self.arg))
 
 
 def builtin_folder() -> pathlib.Path:
@@ -216,15 +233,26 @@ def load_file(reference: str) -> ConfigFile:
             )
     elif not path.is_file():
         raise BadInput("--config", name, "no such file")
-    try:
+    with _users_code(name, path):
         module = runpy.run_path(str(path), run_name=f"scalelab_config_{path.stem}")
+    if not callable(module.get("get_config")):
+        raise BadInput("--config", name, "must define get_config(arg)")
+    return ConfigFile(name, path, arg, module["get_config"], module.get("sweep"))
+
+
+@contextlib.contextmanager
+def _users_code(name: str, path: pathlib.Path) -> Iterator[None]:
+    """An error in a config file is its author's to mend: one line, with the place in the file."""
+    try:
+        yield
     except BadInput:
         raise
     except Exception as error:
-        raise BadInput("--config", name, f"does not run: {type(error).__name__}: {error}") from error
-    if not callable(module.get("get_config")):
-        raise BadInput("--config", name, "must define get_config(arg)")
-    return ConfigFile(path.stem, path, arg, module["get_config"], module.get("sweep"))
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        lines += [error.lineno] if isinstance(error, SyntaxError) else []
+        where = f"line {lines[-1]}: " if lines else ""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput("--config", name, f"does not run: {where}{reason}") from error
 
 
 def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -368,12 +396,10 @@ def _check_schema(config: ConfigDict) -> None:
 def load(reference: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """A config by reference (`transformer:size=s`), with dotted overrides, checked and locked."""
     file = load_file(reference)
-    return finish(file.get_config(file.arg), overrides or {})
+    return finish(file.get_config(), overrides or {})
 
 
 def finish(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    if not isinstance(config, ConfigDict):
-        raise BadInput("get_config", type(config).__name__, "must return an ml_collections.ConfigDict")
     config = override(config, overrides)
     validate(config)
     return config.lock()

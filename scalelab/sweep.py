@@ -81,17 +81,16 @@ class Sweep:
 def expand(reference: str, overrides: Mapping[str, Any], command: str = "", name: str = "") -> Sweep:
     """All runs of a config (one, if the file has no `sweep`). Raises `BadInput` if not one can be run."""
     file = configs.load_file(reference)
-    base = file.get_config(file.arg)
-    points = list(file.sweep(file.arg)) if file.sweep is not None else [{}]
+    base, points = file.get_config(), file.sweep()
     runs: dict[str, PlannedRun] = {}
     dropped: list[Dropped] = []
     corpora = _Corpora()
-    for point in points:
+    for point in [{}] if points is None else points:
         shown = {field: value for field, value in point.items() if not callable(value)}
         try:
             run = plan(_resolve(base, point, overrides, corpora), corpora)
         except BadInput as error:
-            if file.sweep is None:
+            if points is None:
                 raise
             dropped.append(Dropped(shown, str(error)))
             continue
@@ -101,10 +100,10 @@ def expand(reference: str, overrides: Mapping[str, Any], command: str = "", name
     if not runs:
         reasons = {drop.reason: None for drop in dropped}
         why = next(iter(reasons), "it yields nothing")
-        raise BadInput("--config", reference, f"no run is left of {len(points)}; {why}")
+        raise BadInput("--config", reference, f"no run is left of {len(points or ())}: {why}")
     if not name:
         digest = hashlib.sha256(" ".join(runs).encode()).hexdigest()[:6]
-        name = f"{file.name}-{digest}"
+        name = f"{file.path.stem}-{digest}"
     return Sweep(name, command, list(runs.values()), dropped)
 
 

@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scalelab import checkpoint
+from scalelab.checkpoint import Checkpoints
+
+
+def state(seed: int = 0):
+    key = jax.random.key(seed)
+    params = {"w": jax.random.normal(key, (17, 5)), "b": {"gain": jnp.ones(3, jnp.bfloat16)}}
+    rest = {"opt_state": (jnp.arange(4), jnp.zeros((2, 2)) + seed), "step": jnp.int32(seed)}
+    return params, rest
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def equal(a, b) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
+
+
+@pytest.fixture
+def said():
+    lines = []
+    yield lines.append
+    lines.clear()
+
+
+def save_steps(folder, steps, **options):
+    saved = Checkpoints(folder, **options)
+    for step in steps:
+        saved.save(step, *state(step), {})
+    saved.wait()
+    left = sorted(saved.manager.all_steps())
+    saved.close()
+    return left
+
+
+def test_round_trip_and_what_is_kept(tmp_path):
+    assert save_steps(tmp_path, [1, 2, 3, 4, 5], keep_last=2, keep_at=(2,)) == [2, 4, 5]
+    opened = Checkpoints(tmp_path)
+    step, params, rest, meta = opened.restore(*map(abstract, state()), say=pytest.fail)
+    assert (step, meta["step"]) == (5, 5)
+    assert equal((params, rest), state(5))
+    opened.keep_only(5)
+    assert sorted(opened.manager.all_steps()) == [5]
+    opened.close()
+
+
+def test_final_weights_have_no_rest(tmp_path):
+    saved = Checkpoints(tmp_path)
+    saved.save(7, state(7)[0], None, {})
+    saved.wait()
+    step, params, rest, _ = saved.restore(*map(abstract, state()), say=pytest.fail)
+    assert (step, rest) == (7, None)
+    assert equal(params, state(7)[0])
+    saved.close()
+    assert checkpoint.load_params(tmp_path.parent, abstract(state()[0])) is None
+    (tmp_path / "run").mkdir()
+    tmp_path.joinpath("run", "checkpoints").symlink_to(tmp_path)
+
+
+def test_a_flipped_bit_changes_the_checksum_wherever_it_is():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=50), jnp.float32)
+    before = checkpoint.checksums(x)
+    for place in (0, 1, 31, 49):
+        for bit in (0, 7, 22, 31):
+            bits = np.asarray(x).view(np.uint32).copy()
+            bits[place] ^= np.uint32(1) << np.uint32(bit)
+            assert checkpoint.checksums(jnp.asarray(bits.view(np.float32))) != before
+    swapped = np.asarray(x).copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    assert checkpoint.checksums(jnp.asarray(swapped)) != before
+
+
+def files(folder, item):
+    return sorted(p for p in (folder / item).rglob("*") if p.is_file() and p.parent.name == "d" and p.stat().st_size > 60)
+
+
+def truncate(folder):
+    path = files(folder, "params")[0]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def alter(folder):
+    """Replaces the parameters by those of another run, which Orbax reads without complaint."""
+    other = folder.parent.parent / "other"
+    save_steps(other, [9])
+    import shutil
+
+    shutil.rmtree(folder / "params")
+    shutil.copytree(other / "9" / "params", folder / "params")
+
+
+def lose_meta(folder):
+    for path in (folder / "meta").rglob("metadata"):
+        path.write_text("{")
+
+
+def lose_item(folder):
+    import shutil
+
+    shutil.rmtree(folder / "rest")
+
+
+@pytest.mark.parametrize("damage", [truncate, alter, lose_meta, lose_item])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_aloud(tmp_path, damage):
+    save_steps(tmp_path / "c", [1, 2])
+    damage(tmp_path / "c" / "2")
+    said = []
+    opened = Checkpoints(tmp_path / "c")
+    step, params, rest, _ = opened.restore(*map(abstract, state()), say=said.append)
+    assert step == 1
+    assert equal((params, rest), state(1))
+    assert len(said) == 1
+    assert "step 2 is damaged" in said[0]
+    opened.save(2, *state(2), {})  # the place is free again
+    opened.close()
+
+
+def test_all_damaged_is_none(tmp_path):
+    save_steps(tmp_path / "c", [1])
+    truncate(tmp_path / "c" / "1")
+    said = []
+    opened = Checkpoints(tmp_path / "c")
+    assert opened.restore(*map(abstract, state()), say=said.append) is None
+    assert len(said) == 1
+    opened.close()
