@@ -1,0 +1,142 @@
+"""Parameters, FLOPs and memory of a model, from its config alone: the sum of what its parts report of themselves.
+
+Convention: a product with a matrix a -> b costs 2ab per token; biases, norms, activations, rotary embedding, softmax,
+residual additions and the embedding lookup cost nothing; causal attention is counted as causal; the backward pass costs
+twice the forward one; recomputation is not model FLOPs. The compute of a run is its training FLOPs per token times its
+tokens, not 6ND, which is kept beside it for comparison with papers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from scalelab.models.block import Block
+from scalelab.models.lm import LanguageModel
+from scalelab.models.registry import resolve
+from scalelab.parametrization import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PerToken:
+    """FLOPs per token at a sequence length. `matmul_forward`: the matrix products of the forward pass as the plain XLA
+    form runs them, attention as the full square; what `jaxpr_matmul_flops` finds."""
+
+    forward: float
+    forward_without_unembedding: float
+    matmul_forward: float
+
+    @property
+    def training(self) -> float:
+        return 3 * self.forward
+
+    @property
+    def training_without_unembedding(self) -> float:
+        return 3 * self.forward_without_unembedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Parameters: all; those that one token uses; of the embedding; of the unembedding (0 where tied); the rest."""
+
+    total: int
+    active: int
+    embedding: int
+    unembedding: int
+
+    @property
+    def non_embedding(self) -> int:
+        return self.total - self.embedding - self.unembedding
+
+
+def per_token(config: Any, seq_len: int) -> PerToken:
+    """Of a model section, at a sequence length."""
+    spec = resolve(config)
+    blocks = [Block.flops(spec, block, seq_len) for block in spec.blocks]
+    head = 2 * spec.width * spec.vocab_size
+    body = sum(block.exact for block in blocks)
+    return PerToken(body + head, body, sum(block.matmul for block in blocks) + head)
+
+
+def decode_per_token(config: Any, context: int) -> float:
+    """Forward FLOPs of one decoded token that sees `context` tokens, itself included."""
+    spec = resolve(config)
+    return sum(Block.decode_flops(spec, block, context) for block in spec.blocks) + 2 * spec.width * spec.vocab_size
+
+
+def state_bytes(config: Any, length: int, dtype_bytes: int = 2) -> int:
+    """Memory that decoding holds per sequence of `length` tokens: KV caches at `dtype_bytes`, float32 states."""
+    spec = resolve(config)
+    return sum(Block.state_bytes(spec, block, length, dtype_bytes) for block in spec.blocks)
+
+
+def counts(config: Any) -> Counts:
+    spec = resolve(config)
+    tree = LanguageModel.tensors(spec)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    total = active = 0
+    of_role = {"embedding": 0, "unembedding": 0}
+    for path, tensor in leaves:
+        assert isinstance(tensor, Tensor)
+        times = spec.repeats if path[0].key == "period" else 1
+        total += times * tensor.size
+        active += times * tensor.active_size
+        if tensor.role in of_role:
+            of_role[tensor.role] += times * tensor.size
+    return Counts(total, active, **of_role)
+
+
+def conventions(config: Any, seq_len: int, tokens: float) -> dict[str, float]:
+    """Training FLOPs of `tokens` tokens: `flops` (exact), `flops_6n` (6 N D), `flops_6n_non_embedding`.
+
+    N is the parameters that one token uses.
+    """
+    n = counts(config)
+    return {
+        "flops": per_token(config, seq_len).training * tokens,
+        "flops_6n": 6.0 * n.active * tokens,
+        "flops_6n_non_embedding": 6.0 * (n.active - n.embedding - n.unembedding) * tokens,
+    }
+
+
+# ------------------------------------------------------------------------------------ an independent count
+
+
+def jaxpr_matmul_flops(fn: Callable[..., Any], *args: Any) -> int:
+    """FLOPs of the `dot_general`s in the jaxpr of fn(*args), bodies of scans times their length.
+
+    (XLA's own cost analysis counts the body of a loop once.) Of a conditional, the dearest branch. Raises
+    `NotImplementedError` for products inside a while loop, whose length is unknown. Arguments may be
+    `jax.ShapeDtypeStruct`s.
+    """
+    return _matmul_flops(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _matmul_flops(jaxpr: Jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contracting, _), _ = eqn.params["dimension_numbers"]
+            left, out = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+            total += 2 * math.prod(out) * math.prod(left[axis] for axis in contracting)
+            continue
+        inner = [_matmul_flops(body) for body in _bodies(eqn.params)]
+        if name == "while" and any(inner):
+            raise NotImplementedError("matrix products inside a while loop of unknown length")
+        total += max(inner, default=0) if name == "cond" else sum(inner) * eqn.params.get("length", 1)
+    return total
+
+
+def _bodies(params: dict[str, Any]) -> list[Jaxpr]:
+    values = [item for value in params.values() for item in (value if isinstance(value, tuple | list) else (value,))]
+    return [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values if isinstance(v, ClosedJaxpr | Jaxpr)]
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape

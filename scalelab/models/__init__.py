@@ -1,0 +1,6 @@
+"""Language models: a stack of blocks, each a sequence mixer and a channel mixer by name."""
+
+from scalelab.models.lm import LanguageModel, abstract, build, init, logits, merge, roles, split
+from scalelab.models.registry import validate
+
+__all__ = ["LanguageModel", "abstract", "build", "init", "logits", "merge", "roles", "split", "validate"]

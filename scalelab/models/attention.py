@@ -1,0 +1,194 @@
+"""Causal grouped-query attention: rotary positions, QK-norm, sliding window, document masks (Vaswani et al. 2017;
+Ainslie et al. 2023).
+
+Query head h reads key-value head floor(h Hk / H). A window of w keys includes the token itself. Order in the row, not
+`positions`, decides what is in the past and how far; `positions` only turn the rotary embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from scalelab.config import at_least
+from scalelab.errors import BadInput
+from scalelab.models.layers import rms_norm, rope, soft_cap
+from scalelab.models.part import Mixer
+from scalelab.models.spec import Flops, Spec
+from scalelab.parametrization import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """See `config.base`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float
+    qk_norm: bool
+    window: int
+    soft_cap: float
+    bias: bool
+
+
+class Attention(Mixer):
+    Options = AttentionOptions
+    q: nnx.Param
+    k: nnx.Param
+    v: nnx.Param
+    out: nnx.Param
+
+    # -------------------------------------------------------------------------------- pure functions of the config
+
+    @staticmethod
+    def check(options: AttentionOptions, field: str) -> None:
+        o = options
+        for name in ("heads", "kv_heads", "head_dim"):
+            at_least(f"{field}.{name}", getattr(o, name), 1)
+        for name in ("rope_theta", "window", "soft_cap"):
+            at_least(f"{field}.{name}", getattr(o, name), 0)
+        if o.heads % o.kv_heads:
+            raise BadInput(f"config.{field}.kv_heads", o.kv_heads, f"must divide heads = {o.heads}")
+        if o.rope_theta and o.head_dim % 2:
+            raise BadInput(f"config.{field}.head_dim", o.head_dim, "must be even to be rotated (or rope_theta = 0)")
+
+    @staticmethod
+    def tensors(spec: Spec, options: AttentionOptions) -> dict[str, Tensor]:
+        o, D = options, spec.width
+        H, Hk, d = o.heads, o.kv_heads, o.head_dim
+        tensors = {
+            "q": Tensor((D, H, d), "hidden", fan_in=D),
+            "k": Tensor((D, Hk, d), "hidden", fan_in=D),
+            "v": Tensor((D, Hk, d), "hidden", fan_in=D),
+            "out": Tensor((H, d, D), "hidden", fan_in=H * d, residual=True),
+        }
+        if o.bias:
+            for name, shape in {"q": (H, d), "k": (Hk, d), "v": (Hk, d), "out": (D,)}.items():
+                tensors[f"{name}_bias"] = Tensor(shape, "vector")
+        if o.qk_norm:  # one gain over d, shared by the heads (Qwen3)
+            tensors |= {f"{name}_norm": Tensor((d,), "vector", fill=1.0) for name in "qk"}
+        return tensors
+
+    @staticmethod
+    def flops(spec: Spec, options: AttentionOptions, seq_len: int) -> Flops:
+        o, T = options, seq_len
+        w = min(o.window or T, T)
+        keys = (w * (w + 1) / 2 + (T - w) * w) / T  # that the average query sees
+        projections = 4 * spec.width * o.head_dim * (o.heads + o.kv_heads)
+        return Flops(
+            projections + 4 * o.heads * o.head_dim * keys,
+            projections + 4 * o.heads * o.head_dim * T,
+        )
+
+    @staticmethod
+    def decode_flops(spec: Spec, options: AttentionOptions, context: int) -> float:
+        """Of one new token that sees `context` tokens, itself included."""
+        o, keys = options, min(options.window or context, context)
+        return 4 * spec.width * o.head_dim * (o.heads + o.kv_heads) + 4 * o.heads * o.head_dim * keys
+
+    @staticmethod
+    def state_bytes(spec: Spec, options: AttentionOptions, length: int, dtype_bytes: int) -> int:
+        """Keys and values of one sequence."""
+        return 2 * options.kv_heads * options.head_dim * min(options.window or length, length) * dtype_bytes
+
+    # -------------------------------------------------------------------------------- the module
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"] | None,
+        positions: Int[Array, "#B T"],
+        state: dict[str, Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None, dict[str, Any]]:
+        """x -> (y, state after x, no auxiliary values). With a state, x continues what the state has seen; without
+        segment ids it continues the state's last document."""
+        o = self.options
+        q, k, v = (self._project(x, name) for name in "qkv")
+        if o.qk_norm:
+            q = rms_norm(q, self.weight("q_norm"), self.spec.norm_eps)
+            k = rms_norm(k, self.weight("k_norm"), self.spec.norm_eps)
+        if o.rope_theta:
+            q, k = rope(q, positions, o.rope_theta), rope(k, positions, o.rope_theta)
+        T = x.shape[1]
+        if state is None:
+            index = jnp.arange(T)
+            mask = visible(index, index, o.window)[None]
+            if segment_ids is not None:
+                mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        else:
+            state, k, v, mask = self._with_cache(state, k, v, segment_ids)
+        y = attend(q, k, v, mask, o.soft_cap)
+        y = jnp.einsum("bthd,hdm->btm", y, self.weight("out"))
+        return (y + self.weight("out_bias") if o.bias else y), state, {}
+
+    def _project(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T H d"]:
+        y = jnp.einsum("btm,mhd->bthd", x, self.weight(name))
+        return y + self.weight(f"{name}_bias") if self.options.bias else y
+
+    def init_state(self, batch: int, max_len: int) -> dict[str, Array]:
+        """An empty cache of min(window, max_len) keys (rotated) and values: a ring, slot = index mod its length.
+
+        Past max_len tokens, the oldest are forgotten.
+        """
+        o = self.options
+        S = min(o.window or max_len, max_len)
+        entry = jnp.zeros((batch, S, o.kv_heads, o.head_dim), self.spec.dtype)
+        segments = jnp.zeros((batch, S), jnp.int32)
+        return {"k": entry, "v": entry, "segment_ids": segments, "length": jnp.zeros((), jnp.int32)}
+
+    def step(self, x_t: Float[Array, "B D"], state: dict[str, Array]) -> tuple[Float[Array, "B D"], dict[str, Array]]:
+        """One token, at the position that the state has reached, in the state's last document."""
+        y, state_after, _ = self(x_t[:, None], None, state["length"][None, None], state)
+        assert state_after is not None
+        return y[:, 0], state_after
+
+    def _with_cache(
+        self, state: dict[str, Array], k: Array, v: Array, segment_ids: Array | None
+    ) -> tuple[dict[str, Array], Array, Array, Bool[Array, "B T K"]]:
+        """The state with the new keys in, all keys and values (old, then new), and which of them each query sees."""
+        (B, T), S, length = k.shape[:2], state["k"].shape[1], state["length"]
+        if segment_ids is None:
+            last = jax.lax.dynamic_index_in_dim(state["segment_ids"], (length - 1) % S, axis=1)
+            segment_ids = jnp.broadcast_to(last, (B, T))
+        new = {"k": k, "v": v, "segment_ids": segment_ids}
+        slot = jnp.arange(S)
+        old_index = length - 1 - (length - 1 - slot) % S  # of the token in each slot; negative: none yet
+        index = length + jnp.arange(T)
+        key_index = jnp.concatenate([old_index, index])
+        both = {name: jnp.concatenate([state[name], new[name]], axis=1) for name in new}
+        mask = visible(index, key_index, self.options.window)[None] & (key_index >= 0)
+        mask &= segment_ids[:, :, None] == both["segment_ids"][:, None, :]
+        kept = min(T, S)
+        after = {name: state[name].at[:, index[-kept:] % S].set(new[name][:, -kept:]) for name in new}
+        return after | {"length": length + T}, both["k"], both["v"], mask
+
+
+def visible(query: Int[Array, " T"], key: Int[Array, " K"], window: int) -> Bool[Array, "T K"]:
+    """Causal, and within the window (0: none), which counts the token itself."""
+    mask = key <= query[:, None]
+    return mask & (key > query[:, None] - window) if window else mask
+
+
+def attend(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B K Hk d"],
+    v: Float[Array, "B K Hk d"],
+    mask: Bool[Array, "#B T K"],
+    cap: float = 0.0,
+) -> Float[Array, "B T H d"]:
+    """softmax(cap(q k^T / sqrt(d)), masked) v; scores and softmax in float32. Every query must see a key.
+
+    The full square of scores is computed and kept: 4 H d K FLOPs per query.
+    """
+    B, T, H, d = q.shape
+    q = q.reshape(B, T, k.shape[2], H // k.shape[2], d)
+    scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, preferred_element_type=jnp.float32) * d**-0.5
+    scores = jnp.where(mask[:, None, None], soft_cap(scores, cap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrts,bsgd->btgrd", weights, v).reshape(B, T, H, d)

@@ -1,0 +1,236 @@
+"""The language model: embedding, a scanned stack of blocks, head, loss; and its functional face over raw arrays.
+
+Floating point: parameters are float32; they are cast to `compute_dtype` where they are used, and the residual stream
+is in it. Norm statistics, softmax, rotary angles, logits and the loss are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.cross_entropy import cross_entropy
+from scalelab.models.block import Block
+from scalelab.models.layers import Norm, soft_cap
+from scalelab.models.registry import resolve
+from scalelab.models.spec import BlockSpec, Spec
+from scalelab.parametrization import Tensor
+
+Params = dict[str, Any]  # nested, of raw arrays; the repeated period's have a leading axis, one entry a repeat
+
+
+class LanguageModel(nnx.Module):
+    embed: nnx.Param
+    unembed: nnx.Param
+
+    def __init__(self, spec: Spec, rngs: nnx.Rngs):
+        self.spec = spec
+        for name, tensor in _outer_tensors(spec).items():
+            setattr(self, name, nnx.Param(spec.init.draw(rngs.params(), tensor)))
+        if spec.embed_norm:
+            self.embed_norm = Norm(spec, None, rngs)
+        self.prefix = _blocks(spec, spec.prefix, rngs)
+        self.period = _blocks(spec, spec.period, rngs, (spec.repeats,))
+        self.suffix = _blocks(spec, spec.suffix, rngs)
+        if spec.placement != "post":
+            self.final_norm = Norm(spec, None, rngs)
+
+    @staticmethod
+    def tensors(spec: Spec) -> dict[str, Any]:
+        """The tree of the parameters as declared, those of the period once (without the axis of repeats)."""
+        tree: dict[str, Any] = dict(_outer_tensors(spec))
+        if spec.embed_norm:
+            tree["embed_norm"] = Norm.tensors(spec)
+        for name in ("prefix", "period", "suffix"):
+            if blocks := getattr(spec, name):
+                tree[name] = {str(i): Block.tensors(spec, block) for i, block in enumerate(blocks)}
+        if spec.placement != "post":
+            tree["final_norm"] = Norm.tensors(spec)
+        return tree
+
+    # -------------------------------------------------------------------------------- whole sequences
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token, float32. Positions default to 0 .. T-1; tokens of different segments do not see
+        each other."""
+        return self._logits(self.hidden(tokens, segment_ids, positions)[0])
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """What the head reads, and aux: {"loss": sum of the blocks' auxiliary losses, to be added to the training
+        loss; "prefix" | "period" | "suffix": {block: {"mixer" | "channel": its values}}, where there are any}."""
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        x, _, aux = self._stack(
+            self._embed(tokens), None, lambda block, x, state: block(x, segment_ids, positions, state)
+        )
+        return self._final(x), aux
+
+    def nll(
+        self,
+        inputs: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], dict[str, Any]]:
+        """(negative log-likelihood of each target in nats, logsumexp of its logits, aux of `hidden`).
+
+        Targets below 0 are left out: their nll and lse are 0 and have no gradient. Never holds the logits of more
+        than `loss_chunk` tokens. z-loss is a mean of lse**2 over the kept tokens.
+        """
+        x, aux = self.hidden(inputs, segment_ids, positions)
+        nll, lse = cross_entropy(
+            x.reshape(-1, x.shape[-1]),
+            self._head(),
+            targets.reshape(-1),
+            cap=self.spec.logit_cap,
+            chunk=self.spec.loss_chunk,
+        )
+        return nll.reshape(targets.shape), lse.reshape(targets.shape), aux
+
+    # -------------------------------------------------------------------------------- token by token
+
+    def init_state(self, batch: int, max_len: int) -> dict[str, Any]:
+        """What decoding carries: {"length": tokens seen, "prefix" | "period" | "suffix": {block: its state}}."""
+
+        def states(blocks: Any, lead: tuple[int, ...]) -> dict[str, Any]:
+            one = {name: block.init_state(batch, max_len) for name, block in blocks.items()}
+            return jax.tree.map(lambda a: jnp.broadcast_to(a, (*lead, *a.shape)), one)
+
+        return {
+            "length": jnp.zeros((), jnp.int32),
+            "prefix": states(self.prefix, ()),
+            "period": states(self.period, (self.spec.repeats,)),
+            "suffix": states(self.suffix, ()),
+        }
+
+    def step(self, tokens: Int[Array, " B"], state: dict[str, Any]) -> tuple[Float[Array, "B V"], dict[str, Any]]:
+        """One more token -> (logits of the one after it, state). Equals the same row of `__call__`."""
+        x, after, _ = self._stack(self._embed(tokens), state, lambda block, x, state: (*block.step(x, state), {}))
+        return self._logits(self._final(x)), after | {"length": state["length"] + 1}
+
+    def extend(
+        self, tokens: Int[Array, "B T"], state: dict[str, Any], segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T V"], dict[str, Any]]:
+        """Many more tokens at once, such as a prompt -> (their logits, state)."""
+        positions = state["length"] + jnp.arange(tokens.shape[1])[None]
+        x, after, _ = self._stack(
+            self._embed(tokens), state, lambda block, x, state: block(x, segment_ids, positions, state)
+        )
+        return self._logits(self._final(x)), after | {"length": state["length"] + tokens.shape[1]}
+
+    # -------------------------------------------------------------------------------- pieces
+
+    def _embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
+        x = self.embed[...][tokens].astype(self.spec.dtype)
+        return self.embed_norm(x) if self.spec.embed_norm else x
+
+    def _final(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        return x if self.spec.placement == "post" else self.final_norm(x)
+
+    def _head(self) -> Float[Array, "D V"]:
+        return self.embed[...].T if self.spec.tied_embeddings else self.unembed[...]
+
+    def _logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        head = self._head().astype(x.dtype)
+        return soft_cap(jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32), self.spec.logit_cap)
+
+    def _stack(
+        self, x: Array, state: dict[str, Any] | None, apply: Callable[[Block, Array, Any], tuple[Array, Any, Any]]
+    ) -> tuple[Array, dict[str, Any], dict[str, Any]]:
+        """Runs the blocks: `apply(block, x, block's state) -> (x, state, aux)`. The period is a scan over its repeats,
+        so that the program stays as small as one period."""
+
+        def run(graphdef: Any, x: Array, xs: tuple[Any, Any]) -> tuple[Array, tuple[Any, Any]]:
+            params, states = xs
+            after, aux = {}, {}
+            for name, block in nnx.merge(graphdef, params).items():
+                x, after[name], block_aux = apply(block, x, states and states[name])
+                if block_aux:
+                    aux[name] = block_aux
+            return x, (after, aux)
+
+        after, aux = {}, {}
+        for part in ("prefix", "period", "suffix"):
+            graphdef, params = nnx.split(getattr(self, part))
+            body = _remat(lambda x, xs, graphdef=graphdef: run(graphdef, x, xs), self.spec.remat)
+            xs = (params, state and state[part])
+            x, (after[part], aux[part]) = jax.lax.scan(body, x, xs) if part == "period" else body(x, xs)
+        aux = {part: values for part, values in aux.items() if values}
+        return x, after, {"loss": _sum_of_losses(aux), **aux}
+
+
+def _outer_tensors(spec: Spec) -> dict[str, Tensor]:
+    V, D = spec.vocab_size, spec.width
+    tensors = {"embed": Tensor((V, D), "embedding", fan_in=D)}
+    return tensors if spec.tied_embeddings else tensors | {"unembed": Tensor((D, V), "unembedding", fan_in=D)}
+
+
+def _blocks(spec: Spec, blocks: tuple[BlockSpec, ...], rngs: nnx.Rngs, lead: tuple[int, ...] = ()) -> Any:
+    return nnx.Dict({str(i): Block(spec, block, rngs, lead) for i, block in enumerate(blocks)})
+
+
+def _remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """none: keep all that the backward pass wants; dots: matrix products of weights; full: only the blocks' inputs."""
+    if policy == "none":
+        return body
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(body, policy=saved, prevent_cse=False)
+
+
+def _sum_of_losses(aux: dict[str, Any]) -> Float[Array, ""]:
+    leaves = jax.tree_util.tree_leaves_with_path(aux)
+    losses = [jnp.sum(leaf) for path, leaf in leaves if path[-1] == jax.tree_util.DictKey("loss")]
+    return sum(losses, start=jnp.zeros((), jnp.float32))
+
+
+# ------------------------------------------------------------------------------------ the functional face
+
+
+def build(config: Any, rngs: nnx.Rngs) -> LanguageModel:
+    """The model of a config (its `model` section, vocabulary known), parameters drawn. Raises `BadInput`."""
+    return LanguageModel(resolve(config), rngs)
+
+
+def split(model: LanguageModel) -> tuple[nnx.GraphDef, Params]:
+    """(what the model is, its parameters as a plain nested dict of arrays)."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> LanguageModel:
+    return nnx.merge(graphdef, params)
+
+
+def init(config: Any, key: jax.Array) -> Params:
+    """Parameters drawn from a key; can be jitted with the config closed over."""
+    return split(build(config, nnx.Rngs(key)))[1]
+
+
+def abstract(config: Any) -> tuple[nnx.GraphDef, Params]:
+    """`split(build(...))` with shapes in place of arrays; computes nothing."""
+    spec = resolve(config)
+    return split(nnx.eval_shape(lambda: LanguageModel(spec, nnx.Rngs(0))))
+
+
+def logits(config: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    return merge(abstract(config)[0], params)(tokens)
+
+
+def roles(config: Any) -> Params:
+    """The role of every parameter (`parametrization.ROLES`), in a tree like theirs."""
+    return jax.tree.map(lambda tensor: tensor.role, LanguageModel.tensors(resolve(config)))

@@ -1,0 +1,64 @@
+"""The dense channel mixer: SwiGLU (Shazeer 2020), or the two-matrix MLP with tanh-approximated GELU (GPT-2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from scalelab.config import at_least, choice
+from scalelab.models.part import ChannelMixer
+from scalelab.models.spec import Flops, Spec
+from scalelab.parametrization import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPOptions:
+    """See `config.base`."""
+
+    kind: str
+    hidden: int
+    bias: bool
+
+
+class MLP(ChannelMixer):
+    Options = MLPOptions
+    gate: nnx.Param
+    up: nnx.Param
+    down: nnx.Param
+
+    @staticmethod
+    def check(options: MLPOptions, field: str) -> None:
+        choice(f"{field}.kind", options.kind, ("swiglu", "gelu"))
+        at_least(f"{field}.hidden", options.hidden, 1)
+
+    @staticmethod
+    def tensors(spec: Spec, options: MLPOptions) -> dict[str, Tensor]:
+        D, F = spec.width, options.hidden
+        inward = ("gate", "up") if options.kind == "swiglu" else ("up",)
+        tensors = {name: Tensor((D, F), "hidden", fan_in=D) for name in inward}
+        tensors["down"] = Tensor((F, D), "hidden", fan_in=F, residual=True)
+        if options.bias:
+            tensors |= {f"{name}_bias": Tensor((tensor.shape[-1],), "vector") for name, tensor in tensors.items()}
+        return tensors
+
+    @staticmethod
+    def flops(spec: Spec, options: MLPOptions) -> Flops:
+        matmul = 2 * spec.width * options.hidden * (3 if options.kind == "swiglu" else 2)
+        return Flops(matmul, matmul)
+
+    def __call__(self, x: Float[Array, "*b D"]) -> tuple[Float[Array, "*b D"], dict[str, Any]]:
+        """x -> (y, no auxiliary values)."""
+        if self.options.kind == "swiglu":
+            h = jax.nn.silu(self._linear(x, "gate")) * self._linear(x, "up")
+        else:
+            h = jax.nn.gelu(self._linear(x, "up"), approximate=True)
+        return self._linear(h, "down"), {}
+
+    def _linear(self, x: Float[Array, "*b n"], name: str) -> Float[Array, "*b m"]:
+        y = jnp.einsum("...n,nm->...m", x, self.weight(name))
+        return y + self.weight(f"{name}_bias") if self.options.bias else y

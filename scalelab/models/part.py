@@ -1,0 +1,102 @@
+"""What a part of a model owes the rest: the contracts of sequence mixers and channel mixers.
+
+A new mixer is a subclass in a file of its own and a line in `registry.py`. Everything that planning asks of it is a
+static method of the config, so that planning builds no module.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from scalelab.models.spec import Flops, Spec
+from scalelab.parametrization import Tensor
+
+
+class Part(nnx.Module):
+    """A module whose parameters are declared by `tensors(spec, options)`, one float32 `nnx.Param` of the same name
+    each. `lead` axes in front of every parameter hold the layers of a scanned stack."""
+
+    def __init__(self, spec: Spec, options: Any, rngs: nnx.Rngs, lead: tuple[int, ...] = ()):
+        self.spec, self.options = spec, options
+        for name, tensor in self.tensors(spec, options).items():
+            setattr(self, name, nnx.Param(spec.init.draw(rngs.params(), tensor, lead)))
+
+    @staticmethod
+    def tensors(spec: Spec, options: Any) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def roles(self) -> dict[str, str]:
+        """What each of its parameters is, for parametrization."""
+        return {name: tensor.role for name, tensor in self.tensors(self.spec, self.options).items()}
+
+    def weight(self, name: str) -> Array:
+        """A parameter in the compute dtype."""
+        return getattr(self, name)[...].astype(self.spec.dtype)
+
+
+class Mixer(Part):
+    """Mixes along the sequence, causally. The full pass, step by step, and any split with the state carried over give
+    the same outputs; rows of the batch, and documents by `segment_ids`, do not see each other."""
+
+    Options: ClassVar[type]  # frozen dataclass; its fields are those of the mixer's section in the config
+
+    @staticmethod
+    def check(options: Any, field: str) -> None:
+        """Raises `BadInput` (names starting with `field`) for options that cannot be."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flops(spec: Spec, options: Any, seq_len: int) -> Flops:
+        """Forward, per token."""
+        raise NotImplementedError
+
+    @staticmethod
+    def decode_flops(spec: Spec, options: Any, context: int) -> float:
+        """Of one decoded token that sees `context` tokens, itself included."""
+        raise NotImplementedError
+
+    @staticmethod
+    def state_bytes(spec: Spec, options: Any, length: int, dtype_bytes: int) -> int:
+        """That decoding a sequence of `length` tokens holds."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"] | None,
+        positions: Int[Array, "#B T"],
+        state: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any, dict[str, Any]]:
+        """x -> (y, state after x or None, aux). With a state, x continues what the state has seen. `aux["loss"]`, if
+        any, is added to the training loss; other entries are counters."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, max_len: int) -> Any:
+        raise NotImplementedError
+
+    def step(self, x_t: Float[Array, "B D"], state: Any) -> tuple[Float[Array, "B D"], Any]:
+        """One more token of the same document."""
+        raise NotImplementedError
+
+
+class ChannelMixer(Part):
+    """Mixes the channels of each token by itself."""
+
+    Options: ClassVar[type]
+
+    @staticmethod
+    def check(options: Any, field: str) -> None:
+        """Raises `BadInput` (names starting with `field`) for options that cannot be."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flops(spec: Spec, options: Any) -> Flops:
+        """Forward, per token."""
+        raise NotImplementedError
+
+    def __call__(self, x: Float[Array, "*b D"]) -> tuple[Float[Array, "*b D"], dict[str, Any]]:
+        """x -> (y, aux as a mixer's)."""
+        raise NotImplementedError

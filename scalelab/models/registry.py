@@ -1,0 +1,85 @@
+"""Which sequence mixers and channel mixers there are, and a config's blocks resolved against them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from scalelab.config import at_least, choice
+from scalelab.errors import BadInput
+from scalelab.models.attention import Attention
+from scalelab.models.mlp import MLP
+from scalelab.models.part import ChannelMixer, Mixer
+from scalelab.models.spec import BlockSpec, Spec, options
+from scalelab.parametrization import INITS
+
+# A name is also that of the mixer's section in `config.model`.
+MIXERS: dict[str, type[Mixer]] = {"attention": Attention}
+CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP}
+
+
+def validate(config: Any) -> None:
+    """Raises `BadInput` where `config`, the model section with its vocabulary known, is no possible model."""
+    resolve(config)
+
+
+def resolve(config: Any) -> Spec:
+    """The model section -> Spec. Raises `BadInput`, naming the field, the value and what would do."""
+    for name in ("vocab_size", "width", "layers", "loss_chunk"):
+        at_least(f"model.{name}", config[name], 1)
+    for name in ("norm_eps", "init_std"):
+        at_least(f"model.{name}", config[name], 0, above=True)
+    at_least("model.logit_cap", config.logit_cap, 0)
+    choice("model.norm", config.norm, ("rmsnorm", "layernorm"))
+    choice("model.placement", config.placement, ("pre", "post", "peri", "out"))
+    choice("model.init", config.init, INITS)
+    choice("model.compute_dtype", config.compute_dtype, ("bfloat16", "float32"))
+    choice("model.remat", config.remat, ("none", "dots", "full"))
+    prefix, period, suffix = (
+        tuple(_block(config, entry, f"model.{part}[{i}]") for i, entry in enumerate(config[part]))
+        for part in ("prefix", "blocks", "suffix")
+    )
+    if not period:
+        raise BadInput("config.model.blocks", (), "needs at least one block, such as ('attention', 'mlp')")
+    outside = len(prefix) + len(suffix)
+    repeats, rest = divmod(config.layers - outside, len(period))
+    if rest or repeats < 1:
+        what = f"{outside} (prefix and suffix) plus a multiple of {len(period)} (blocks)"
+        raise BadInput("config.model.layers", config.layers, f"must be {what}, such as {outside + len(period)}")
+    return Spec(
+        vocab_size=config.vocab_size,
+        width=config.width,
+        prefix=prefix,
+        period=period,
+        repeats=repeats,
+        suffix=suffix,
+        norm=config.norm,
+        norm_eps=config.norm_eps,
+        placement=config.placement,
+        embed_norm=config.embed_norm,
+        tied_embeddings=config.tied_embeddings,
+        logit_cap=config.logit_cap,
+        init_kind=config.init,
+        init_std=config.init_std,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        loss_chunk=config.loss_chunk,
+    )
+
+
+def _block(config: Any, entry: Any, field: str) -> BlockSpec:
+    shape = 'must be (mixer, channel mixer or "none"[, {option: value}])'
+    if not isinstance(entry, tuple | list) or len(entry) not in (2, 3):
+        raise BadInput(f"config.{field}", entry, shape)
+    mixer, channel, changes = (*entry, {}) if len(entry) == 2 else entry
+    if not isinstance(mixer, str) or not isinstance(channel, str) or not isinstance(changes, Mapping):
+        raise BadInput(f"config.{field}", entry, shape)
+    choice(f"{field}: mixer", mixer, MIXERS)
+    choice(f"{field}: channel mixer", channel, (*CHANNELS, "none"))
+    chosen = options(MIXERS[mixer].Options, config[mixer], changes, f"config.{field}")
+    MIXERS[mixer].check(chosen, f"{field}" if changes else f"model.{mixer}")
+    if channel == "none":
+        return BlockSpec(mixer, chosen, channel, None)
+    channel_options = options(CHANNELS[channel].Options, config[channel], {}, f"config.model.{channel}")
+    CHANNELS[channel].check(channel_options, f"model.{channel}")
+    return BlockSpec(mixer, chosen, channel, channel_options)

@@ -1,0 +1,77 @@
+"""What each tensor is, and what follows from it: how it starts and whether it decays.
+
+A part of a model declares its tensors once, as `Tensor`s. Parameters, counts, roles, initial values and the decay mask
+all come from that declaration, so they cannot disagree.
+
+Roles: `embedding`; `unembedding`; `hidden` (fan-in and fan-out both grow with the width); `gate` (fan-in grows,
+fan-out fixed: routers, input and forget gates); `vector` (gains, biases, convolution taps, learned prefixes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+ROLES = ("embedding", "unembedding", "hidden", "gate", "vector")
+INITS = ("normal", "small", "fan_in")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One parameter: `shape`, what it is (`role`), how wide a sum each of its outputs is (`fan_in`), whether it writes
+    to the residual stream (`residual`), and the constant that a vector starts at (`fill`)."""
+
+    shape: tuple[int, ...]
+    role: str
+    fan_in: int = 1
+    residual: bool = False
+    fill: float = 0.0
+    active: int | None = None  # elements that one token uses, where not all (experts)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def active_size(self) -> int:
+        return self.size if self.active is None else self.active
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """How matrices start (standard parametrisation).
+
+    normal: N(0, std^2), residual outputs std / sqrt(branches) (GPT-2). small: N(0, 2 / (5 D)), residual outputs
+    N(0, (2 / (branches sqrt(D)))^2) (Nguyen & Salazar 2019; Wang & Komatsuzaki 2021, as in GPT-NeoX). fan_in:
+    N(0, 1 / fan_in). `branches` is the number of residual branches, 2 L for attention + MLP.
+    """
+
+    kind: str
+    std: float
+    width: int
+    branches: int
+
+    def std_of(self, tensor: Tensor) -> float:
+        if self.kind == "normal":
+            return self.std / math.sqrt(self.branches) if tensor.residual else self.std
+        if self.kind == "small":
+            return 2 / (self.branches * math.sqrt(self.width)) if tensor.residual else math.sqrt(2 / (5 * self.width))
+        return 1 / math.sqrt(tensor.fan_in)
+
+    def draw(self, key: jax.Array, tensor: Tensor, lead: tuple[int, ...] = ()) -> Array:
+        """float32 values of the tensor; `lead` axes in front hold independent copies (layers of a scanned stack)."""
+        shape = (*lead, *tensor.shape)
+        if tensor.role == "vector":
+            return jnp.full(shape, tensor.fill, jnp.float32)
+        return self.std_of(tensor) * jax.random.normal(key, shape, jnp.float32)
+
+
+def decay_mask(roles: Any, decay_embeddings: bool) -> Any:
+    """Tree of roles -> tree of bool: which tensors weight decay applies to. Vectors never; embeddings if asked."""
+    decays = {"hidden": True, "gate": True, "unembedding": True, "vector": False, "embedding": decay_embeddings}
+    return jax.tree.map(lambda role: decays[role], roles)
