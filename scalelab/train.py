@@ -117,7 +117,7 @@ def make_step(
         tokens = rows.shape[0] * (rows.shape[1] - 1)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {"loss": loss / tokens, "grad_norm": optax.global_norm(grads), "lr": rate(state.step)}
+        metrics = {"loss": loss / tokens, "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
     return step
@@ -252,7 +252,7 @@ class Attempt:
         every = max(1, round(config.train.eval_every * steps)) if config.train.eval_every else steps
         # The global batch of a step depends on (data_seed, step) alone; this host takes its rows of it.
         stream = self.corpus.stream(config.data_seed, start, jax.process_index(), jax.process_count())
-        saved_at, saved_step = time.perf_counter(), start
+        saved_at = time.perf_counter()
         running: tuple[int, Any] | None = None  # the step whose metrics have not been read yet
         reason, self.last_read = None, None
         with stop_signal() as stop, contextlib.closing(stream):
@@ -269,7 +269,8 @@ class Attempt:
                     or (config.checkpoint.every and step % config.checkpoint.every == 0)
                     or (config.checkpoint.every_s and now - saved_at > config.checkpoint.every_s)
                     or stop.is_set()
-                ) and step > saved_step
+                    or (step == steps and config.checkpoint.final == "all")
+                )
                 evaluation = step % every == 0 or step == steps
                 if not (save or evaluation):
                     continue
@@ -278,7 +279,7 @@ class Attempt:
                 running, self.last_read = None, None
                 if save and (step < steps or config.checkpoint.final == "all"):
                     self._save(step, state, final=False)
-                    saved_at, saved_step = time.perf_counter(), step
+                    saved_at = time.perf_counter()
                 if stop.is_set() and step < steps:
                     self.checkpoints.wait()
                     raise Stopped(step, steps)

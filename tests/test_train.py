@@ -1,0 +1,214 @@
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scalelab import data, models, records, sharding, train
+from scalelab.errors import BadInput
+from tests.helpers import assert_same_run, small_corpus, tiny_config, tiny_spec
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tmp_path_factory):
+    """An uninterrupted run: (runs folder, record)."""
+    root = tmp_path_factory.mktemp("runs")
+    return root, train.run(tiny_spec(corpus), root)
+
+
+class At:
+    """A sink that does something once a step is reached."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def write(self, line):
+        if line["step"] == self.step:
+            self.action()
+
+    def close(self):
+        pass
+
+
+def test_a_run_learns_and_its_record_is_whole(reference, corpus):
+    root, record = reference
+    assert record.status == "done"
+    assert record.loss < math.log(257) - 1
+    assert record.loss_se > 0
+    assert record.tokens == 40 * 4 * 16
+    assert record.flops_6n == 6 * record.params * record.tokens
+    assert record.params == sum(x.size for x in jax.tree.leaves(models.init(train.resolve(tiny_config(corpus),
+                                data.open(tiny_config(corpus).data)), jax.random.key(0))))  # fmt: skip
+    lines = records.read_metrics(root / record.id)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert [line["step"] for line in lines if "held_out" in line] == [10, 20, 30, 40]
+    assert lines[-1]["held_out"]["loss"] == record.loss
+    assert record.train_loss == pytest.approx(np.mean([line["loss"] for line in lines[-4:]]))
+    # The first step's loss is that of the initial model on the first batch.
+    assert lines[0]["loss"] == pytest.approx(math.log(257), rel=0.02)
+    assert record.seconds >= lines[-1]["seconds"] > 0
+    assert sorted(p.name for p in (root / record.id / "checkpoints").iterdir()) == ["40"]
+    assert not (root / record.id / "checkpoints" / "40" / "rest").exists()
+
+
+def test_a_finished_run_is_not_trained_again(reference, corpus):
+    root, record = reference
+    before = (root / record.id / "record.json").stat().st_mtime_ns
+    assert train.run(tiny_spec(corpus), root) == record
+    assert (root / record.id / "record.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("every", [0, 6])
+def test_sigterm_saves_and_the_same_call_resumes(reference, corpus, tmp_path, every):
+    spec = tiny_spec(corpus, checkpoint__every=every)
+    terminate = At(17, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(train.Stopped, match="of 40; the same command resumes it"):
+        train.run(spec, tmp_path, [terminate])
+    assert records.read(tmp_path / spec.id) is None
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    record = train.run(spec, tmp_path)
+    assert record.attempts == 2
+    assert_same_run(tmp_path / spec.id, reference[0] / reference[1].id)
+
+
+def test_seconds_add_up_over_attempts(corpus, tmp_path):
+    spec = tiny_spec(corpus, checkpoint__every=10)
+    with pytest.raises(train.Stopped):
+        train.run(spec, tmp_path, [At(15, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    first = records.last_metrics(tmp_path / spec.id)["seconds"]
+    record = train.run(spec, tmp_path)
+    lines = records.read_metrics(tmp_path / spec.id)
+    assert all(a["seconds"] <= b["seconds"] for a, b in zip(lines, lines[1:], strict=False))
+    assert record.seconds > first
+
+
+def test_a_failure_leaves_its_reason_and_the_run_can_go_on(reference, corpus, tmp_path):
+    spec = tiny_spec(corpus, checkpoint__every=8)
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        train.run(spec, tmp_path, [At(21, fail)])
+    failure = (tmp_path / spec.id / "failure.json").read_text()
+    assert "No space left on device" in failure
+    assert "Traceback" in failure
+    train.run(spec, tmp_path)
+    assert not (tmp_path / spec.id / "failure.json").exists()
+    assert_same_run(tmp_path / spec.id, reference[0] / reference[1].id)
+
+
+def test_keep_at_and_final_all(corpus, tmp_path):
+    spec = tiny_spec(corpus, checkpoint__keep_at=(7, 20), checkpoint__final="all")
+    train.run(spec, tmp_path)
+    folder = tmp_path / spec.id / "checkpoints"
+    assert sorted(int(p.name) for p in folder.iterdir()) == [7, 20, 40]
+    assert (folder / "40" / "rest").exists()
+
+
+def test_final_nothing(corpus, tmp_path):
+    spec = tiny_spec(corpus, checkpoint__final="nothing", checkpoint__every=10)
+    train.run(spec, tmp_path)
+    assert list((tmp_path / spec.id / "checkpoints").iterdir()) == []
+
+
+def test_a_run_that_blows_up_is_a_result(corpus, tmp_path):
+    spec = tiny_spec(corpus, optim__lr=1e30, optim__clip=0.0, checkpoint__every=1)
+    record = train.run(spec, tmp_path)
+    assert record.status == "diverged"
+    assert "step" in record.reason
+    assert record.steps < 40
+    assert record.loss is None
+    assert records.load(tmp_path)["status"].tolist() == ["diverged"]
+    assert train.run(spec, tmp_path) == record
+
+
+def test_a_loss_above_the_limit_is_divergence_too(corpus, tmp_path):
+    record = train.run(tiny_spec(corpus, train__diverge_above=0.5, optim__lr=1e-7), tmp_path)
+    assert record.status == "diverged"
+    assert "train.diverge_above" in record.reason
+    assert record.steps == 3  # the first after warm-up (5 % of 40 steps)
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+
+def trainer_and_rows(corpus, **changes):
+    conf = tiny_config(corpus, **changes)
+    opened = data.open(conf.data)
+    trainer = train.Trainer(conf, opened)
+    return trainer, sharding.put_rows(next(opened.stream(0, 0)), trainer.mesh)
+
+
+def test_accumulation_changes_rounding_only(corpus):
+    results = []
+    for parts in (1, 2, 4):
+        trainer, rows = trainer_and_rows(corpus, train__accum_steps=parts, train__z_loss=1e-2, optim__lr=1e-3)
+        with jax.default_matmul_precision("highest"):
+            state, metrics = trainer.step(trainer.initial_state(), rows)
+        results.append((jax.device_get(state.params), float(metrics["loss"]), float(metrics["grad_norm"])))
+    for params, loss, norm in results[1:]:
+        assert loss == pytest.approx(results[0][1], rel=1e-6)
+        assert norm == pytest.approx(results[0][2], rel=1e-5)
+        assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=2e-4), params, results[0][0]))
+
+
+def test_loss_is_nll_alone_and_z_loss_enters_the_gradient(corpus):
+    plain, rows = trainer_and_rows(corpus)
+    with_z, _ = trainer_and_rows(corpus, train__z_loss=1.0)
+    _, a = plain.step(plain.initial_state(), rows)
+    _, b = with_z.step(with_z.initial_state(), rows)
+    assert float(a["loss"]) == float(b["loss"])
+    assert float(b["grad_norm"]) > 1.5 * float(a["grad_norm"])
+
+
+def test_gradient_is_that_of_the_mean_nll_by_finite_differences(corpus):
+    trainer, rows = trainer_and_rows(corpus, optim__clip=0.0)
+    params = trainer.initial_state().params
+    with jax.default_matmul_precision("highest"):
+        mean = lambda p: jnp.mean(trainer.nll(p, rows))  # noqa: E731
+        grads = jax.grad(mean)(params)
+        _, metrics = trainer.step(trainer.initial_state(), rows)
+        norm = math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+        assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+        direction = jax.tree.map(lambda g: g / norm, grads)
+        h = 1e-2
+        up, down = (mean(jax.tree.map(lambda p, d: p + s * d, params, direction)) for s in (h, -h))  # noqa: B023
+    assert float(up - down) / (2 * h) == pytest.approx(norm, rel=1e-2)
+
+
+def test_documents_are_masked_only_when_asked(corpus):
+    losses = []
+    for mask in (True, False):
+        trainer, rows = trainer_and_rows(corpus, data__document_mask=mask)
+        rows = np.asarray(rows).copy()
+        rows[:, 8] = 256  # a new document begins in every row
+        losses.append(np.asarray(trainer.nll(trainer.initial_state().params, jnp.asarray(rows))))
+    assert np.array_equal(losses[0][:, :8], losses[1][:, :8])
+    assert not np.allclose(losses[0][:, 9:], losses[1][:, 9:])
+
+
+def test_the_vocabulary_must_hold_the_tokenizer(corpus, tmp_path):
+    with pytest.raises(BadInput, match=r"config\.model\.vocab_size = 100: the tokenizer has 257 tokens"):
+        train.run(tiny_spec(corpus, model__vocab_size=100), tmp_path)
+    assert list(tmp_path.iterdir()) == []  # refused before anything was written
+
+
+def test_more_devices_than_there_are(corpus, tmp_path):
+    with pytest.raises(BadInput, match=r"config\.mesh\.data = 64: this machine has 1"):
+        train.run(tiny_spec(corpus, mesh__data=64), tmp_path)
+
+
+def test_changed_data_is_refused(corpus, tmp_path):
+    spec = tiny_spec(corpus)
+    moved = train.RunSpec(spec.config, {"text": "0" * 64})
+    with pytest.raises(BadInput, match="data has changed since the run was planned"):
+        train.run(moved, tmp_path)
