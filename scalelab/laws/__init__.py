@@ -1,0 +1,61 @@
+"""Scaling laws: fit them to any table, with intervals, held-out error and findings.
+
+    from scalelab import laws
+    fit = laws.fit("chinchilla", laws.read_table("runs.csv"), columns={"params": "N", "tokens": "D", "loss": "L"})
+    print(fit.summary())
+    fit.optimal(1e21)
+
+NumPy and pandas only: no JAX, no model, no plot is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from scalelab.errors import BadInput
+from scalelab.laws import store
+from scalelab.laws.allocate import flops_per_token
+from scalelab.laws.forms.chinchilla import Chinchilla
+from scalelab.laws.isoflop import IsoflopFit, isoflop
+from scalelab.laws.law import Fit, Law
+from scalelab.laws.notices import Notice
+from scalelab.laws.table import Table, read_table
+from scalelab.laws.validate import Holdout, budgets
+
+LAWS: dict[str, type[Law]] = {law.name: law for law in (Chinchilla,)}
+
+__all__ = [
+    "Chinchilla",
+    "Fit",
+    "Holdout",
+    "IsoflopFit",
+    "Law",
+    "Notice",
+    "available",
+    "budgets",
+    "fit",
+    "flops_per_token",
+    "isoflop",
+    "load",
+    "read_table",
+]
+
+
+def available() -> list[str]:
+    """The names that `fit` knows."""
+    return sorted(LAWS)
+
+
+def fit(law: str | Law, table: Table, **options: Any) -> Fit:
+    """Fit a law, by name or as an object, to a table of runs. Options as in `Law.fit`."""
+    if isinstance(law, str):
+        if law not in LAWS:
+            raise BadInput("law", law, f"must be one of {', '.join(available())}")
+        law = LAWS[law]()
+    return law.fit(table, **options)
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """A `Fit` or `IsoflopFit` from the file that its `save` wrote, bit for bit."""
+    return store.load(path, LAWS)

@@ -1,0 +1,110 @@
+"""Compute-optimal allocation: the N and D that minimise a law's loss under a training budget C.
+
+With C = k N D the Chinchilla surface has a closed form (Hoffmann et al. 2022, eq. 4). With any other cost the
+first-order condition is solved numerically in ln N; where no interior minimum exists, none is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+
+from scalelab.errors import BadInput
+
+Cost = float | Callable[[np.ndarray], np.ndarray]
+
+GRID = 256  # points of ln N among which minima are bracketed
+BISECTIONS = 50
+
+
+def exponents(params: Float[np.ndarray, "R 5"]) -> Float[np.ndarray, "R 3"]:
+    """a, b, gamma of N* ~ C^a, D* ~ C^b, L* - E ~ C^-gamma under C = k N D. Columns of params: E, A, B, alpha, beta."""
+    alpha, beta = params[:, 3], params[:, 4]
+    total = alpha + beta
+    return np.stack([beta / total, alpha / total, alpha * beta / total], axis=1)
+
+
+def optimum(
+    params: Float[np.ndarray, "R 5"], flops: Float[np.ndarray, " m"], cost: Cost
+) -> tuple[Float[np.ndarray, "R m"], Float[np.ndarray, "R m"], Float[np.ndarray, "R m"]]:
+    """N*, D* and the loss there, for each parameter vector (E, A, B, alpha, beta) and each budget.
+
+    `cost` is k in C = k N D, or a function from N to FLOPs per token. NaN where the loss has no interior minimum.
+    """
+    E, A, B, alpha, beta = (p[:, None] for p in params.T)
+    if callable(cost):
+        N = np.stack([_solve(params, budget, cost) for budget in flops], axis=1)
+        with np.errstate(invalid="ignore"):
+            D = flops / per_token(cost, N)
+    else:
+        k = float(cost)
+        if not k > 0:
+            raise BadInput("flops_per_param_token", cost, "must be above 0, or a function of the parameter count")
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = (np.log(alpha * A) - np.log(beta * B)) / (alpha + beta)
+            N = np.exp(ratio + beta / (alpha + beta) * np.log(flops / k))
+            N = np.where(np.isfinite(N) & (N > 0), N, np.nan)
+        D = flops / (k * N)
+    return N, D, E + A * N**-alpha + B * D**-beta
+
+
+def per_token(cost: Callable[[np.ndarray], np.ndarray], N: np.ndarray) -> np.ndarray:
+    """FLOPs per token at N, checked where N is a number."""
+    known = np.isfinite(N)
+    out = np.full(N.shape, np.nan)
+    values = np.asarray(cost(N[known]), dtype=np.float64)
+    if values.shape != N[known].shape or not (np.isfinite(values) & (values > 0)).all():
+        raise BadInput("flops_per_param_token", cost, "must map an array of N to as many positive FLOPs per token")
+    out[known] = values
+    return out
+
+
+def _solve(params: np.ndarray, budget: float, cost: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """N* of one budget for every parameter vector: bracket on a grid of ln N, then bisect dL/dlnN."""
+    E, A, B, alpha, beta = (p[:, None] for p in params.T)
+
+    def slope(log_n: np.ndarray) -> np.ndarray:
+        """The sign of dL/dlnN, as a log ratio of the data term's slope to the parameter term's."""
+        step = 1e-4
+        low, mid, high = (np.log(per_token(cost, np.exp(log_n + s))) for s in (-step, 0.0, step))
+        rise = np.maximum((high - low) / (2 * step), 1e-300)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            data = np.log(rise * beta * B) - beta * (np.log(budget) - mid)
+            return data - np.log(alpha * A) + alpha * log_n
+
+    grid = np.linspace(0.0, np.log(budget), GRID)[None]
+    sign = slope(grid)
+    turns = (sign[:, :-1] < 0) & (sign[:, 1:] >= 0)
+    with np.errstate(over="ignore"):
+        loss = (
+            E + A * np.exp(-alpha * grid) + B * np.exp(-beta * (np.log(budget) - np.log(per_token(cost, np.exp(grid)))))
+        )
+    at = np.where(turns, loss[:, :-1], np.inf).argmin(1)
+    low, high = grid[0, at][:, None], grid[0, at + 1][:, None]
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        below = slope(middle) < 0
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(turns.any(1), np.exp(0.5 * (low + high))[:, 0], np.nan)
+
+
+def flops_per_token(
+    params: Float[np.ndarray, " n"], tokens: Float[np.ndarray, " n"], flops: Float[np.ndarray, " n"]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """FLOPs per token as a function of N, interpolated in logs from measured runs.
+
+    Sizes that occur several times are averaged. Beyond the measured sizes FLOPs per token grow in proportion to N
+    upward, and along the first two sizes' slope downward.
+    """
+    log_n, where = np.unique(np.log(params), return_inverse=True)
+    log_f = np.bincount(where, np.log(flops / tokens)) / np.bincount(where)
+
+    def cost(N: np.ndarray) -> np.ndarray:
+        x = np.log(np.asarray(N, dtype=np.float64))
+        inside = np.interp(x, log_n, log_f)
+        first = (log_f[1] - log_f[0]) / (log_n[1] - log_n[0]) if len(log_n) > 1 else 1.0
+        return np.exp(inside + np.maximum(x - log_n[-1], 0) + first * np.minimum(x - log_n[0], 0))
+
+    return cost

@@ -1,0 +1,340 @@
+"""What can be wrong with a fit, each with its code: the data, the solution, the bootstrap, the use made of it.
+
+Codes and thresholds follow the checklist of published pitfalls (constant D/N, one diverged run, early stopping, ...).
+`error`: the numbers must not be used. `warning`: they may mislead. `note`: good to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scalelab.errors import BadInput
+from scalelab.laws.notices import Notice, name_rows
+from scalelab.laws.solver import huber, minimise
+
+if TYPE_CHECKING:
+    from scalelab.laws.law import Fit, Law
+    from scalelab.laws.powersum import PowerSum
+    from scalelab.laws.table import Rows
+
+SYMBOL = {"params": "N", "tokens": "D", "flops": "C"}
+
+
+def levels(values: np.ndarray) -> int:
+    """Distinct values, up to one part in a million."""
+    logs = np.sort(np.log(values))
+    return 1 + int((np.diff(logs) > 1e-6).sum())
+
+
+def _distinct(rows: Rows, law: Law) -> int:
+    return len(np.unique(np.stack([rows.columns[role] for role in law.inputs]).round(6), axis=1).T)
+
+
+def enough_rows(rows: Rows, law: Law) -> None:
+    """Raises `BadInput` where there are fewer rows, or fewer different inputs, than parameters."""
+    need, inputs = len(law.parameters), " and ".join(law.inputs)
+    if len(rows) < need:
+        raise BadInput("table", f"{len(rows)} rows", f"{law.name} has {need} parameters: needs at least that many rows")
+    if _distinct(rows, law) < need:
+        raise BadInput(
+            "table", f"{_distinct(rows, law)} different pairs of {inputs}", f"{law.name} needs at least {need} of them"
+        )
+
+
+def of_fit(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Notice]:
+    """Every finding that needs this one fit only."""
+    yield from _of_design(fit.rows, fit.law)
+    yield from _of_columns(fit.rows)
+    yield from _of_solution(fit, problem, theta)
+    yield from _of_rows(fit, problem, theta)
+    yield from _of_bootstrap(fit, problem, theta)
+
+
+# ------------------------------------------------------------------------------------------------ the data
+
+
+def _of_design(rows: Rows, law: Law) -> Iterator[Notice]:
+    need, n, distinct = len(law.parameters), len(rows), _distinct(rows, law)
+    if n < 2 * need or distinct < need + 1:
+        hopeless = n < need + 3 or distinct < need + 1
+        yield Notice(
+            "too-few-rows",
+            "error" if hopeless else "warning",
+            f"{n} rows ({distinct} different inputs) for {need} parameters.",
+            f"train at least {2 * need} runs.",
+            {"rows": n, "distinct": distinct, "parameters": need},
+        )
+    for role in law.inputs:
+        values, symbol = rows.columns[role], SYMBOL.get(role, role)
+        if (count := levels(values)) < 3:
+            yield Notice(
+                "too-few-levels",
+                "error",
+                f"{symbol} has {count} distinct values: its coefficient, its exponent and E cannot be told apart.",
+                f"train runs at three or more values of {symbol}.",
+                {"column": role, "levels": count},
+            )
+        if (factor := float(values.max() / values.min())) < 2:
+            yield Notice(
+                "constant-predictor",
+                "error",
+                f"{symbol} varies by a factor of {factor:.3g} only: its exponent is not identified.",
+                f"vary {symbol} by a factor of 10 or more, or fit a law without it.",
+                {"column": role, "factor": factor},
+            )
+    if len(law.inputs) == 2:
+        x, y = (np.log(rows.columns[role]) for role in law.inputs)
+        if x.std() > 0 and y.std() > 0 and abs(corr := float(np.corrcoef(x, y)[0, 1])) > 0.98:
+            yield Notice(
+                "collinear-ND",
+                "error",
+                f"ln N and ln D are correlated at {corr:.4f} (nearly one D/N): alpha and beta cannot be told apart.",
+                "add runs off this line (IsoFLOP budgets), or fit a power law in C.",
+                {"correlation": corr},
+            )
+    if (decades := float(np.log10(rows.compute.max() / rows.compute.min()))) < 1.5:
+        yield Notice(
+            "narrow-range",
+            "warning",
+            f"the runs span {decades:.2f} decades of compute.",
+            "span 1.5 decades or more; distrust anything beyond the largest run.",
+            {"decades": decades},
+        )
+
+
+def _of_columns(rows: Rows) -> Iterator[Notice]:
+    N, D = rows.columns["params"], rows.columns["tokens"]
+    flops = rows.columns.get("flops")
+    if flops is not None and (known := np.isfinite(flops) & (flops > 0)).any():
+        ratio = (flops / (6 * N * D))[known]
+        x = np.log(N[known])
+        trend = float(np.polyfit(x - x.mean(), np.log(ratio), 1)[0]) if np.ptp(x) > 0.1 else 0.0
+        if ratio.max() > 1.1 or ratio.min() < 0.9 or abs(trend) > 0.03:
+            yield Notice(
+                "six-nd",
+                "note",
+                f"the recorded FLOPs are {ratio.min():.2f} to {ratio.max():.2f} times 6ND "
+                f"(they go as 6ND times N^{trend:+.3f}).",
+                "give optimal() the cost of this family: flops_per_param_token=laws.flops_per_token(...).",
+                {"lowest": float(ratio.min()), "highest": float(ratio.max()), "trend": trend},
+            )
+    unique = rows.columns.get("unique_tokens")
+    if unique is not None and (again := D > unique * (1 + 1e-9)).any():
+        yield Notice(
+            "repeated-data",
+            "warning",
+            f"{int(again.sum())} rows saw more tokens than they have unique ones, up to "
+            f"{float((D / unique)[again].max()):.2f} epochs: {name_rows(n for n, a in zip(rows.names, again, strict=True) if a)}.",
+            "the law holds for one pass; use more data, or a law with a repetition term.",
+            {"rows": int(again.sum()), "epochs": float((D / unique)[again].max())},
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the solution
+
+
+def _of_solution(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Notice]:
+    record, names = fit.record, fit.law.parameters
+    if not record["converged"]:
+        yield Notice(
+            "not-converged",
+            "error",
+            f"the solver stopped after {record['iterations']} iterations short of an optimum.",
+            "look for parameters that the data do not determine; report this table as a bug otherwise.",
+            {"iterations": record["iterations"]},
+        )
+    if record["agreement"] < 0.5:
+        yield Notice(
+            "few-starts-agree",
+            "error",
+            f"{record['agreement']:.0%} of {record['starts']} starts reach the best objective.",
+            "the optimum may be local: add runs, or widen delta.",
+            {"agreement": record["agreement"]},
+        )
+    shares = [share[0] for share in problem.shares(theta[None])[1]]
+    terms = dict(zip(names, shares, strict=False))
+    for i, name in enumerate(names):
+        is_term = i < len(shares)
+        if (theta[i] <= problem.lower[i] and not is_term) or theta[i] >= problem.upper[i]:
+            bound = problem.lower[i] if theta[i] <= problem.lower[i] else problem.upper[i]
+            yield Notice(
+                "at-bound",
+                "error",
+                f"{name} sits on the solver's bound: that is a finding, not an estimate.",
+                "look for a term that the data do not determine, or for a loss that another term explains.",
+                {"parameter": name, "bound": float(bound)},
+            )
+    E, lowest = float(fit.estimate[0]), float(fit.rows.columns["loss"].min())
+    if terms["E"].max() < 1e-5:
+        yield Notice(
+            "E-below-zero",
+            "warning",
+            "the data would have an irreducible loss E of zero or less; E is held at zero.",
+            "the runs are too small, or the law too stiff, to show a floor: do not extrapolate far.",
+            {"E": E},
+        )
+    if E >= lowest:
+        yield Notice(
+            "E-above-min-loss",
+            "warning",
+            f"E = {E:.4g} is above the lowest measured loss, {lowest:.4g}.",
+            "look at the lowest runs: the law does not hold for them.",
+            {"E": E, "lowest": lowest},
+        )
+    for name, share in list(terms.items())[1:]:
+        if share.max() < 0.01:
+            yield Notice(
+                "tiny-term",
+                "warning",
+                f"the term of {name} is below 1 % of the loss in every row ({share.max():.2g} at most): "
+                "its coefficient and exponent mean little.",
+                "widen the sweep toward small values of that column, or fit a law without the term.",
+                {"term": name, "largest_share": float(share.max())},
+            )
+
+    jacobian = problem.jacobian(theta)
+    size = np.abs(np.log(fit.fittedvalues.to_numpy()) - problem.log_loss)
+    weight = fit.rows.weights * record["delta"] / np.maximum(size, record["delta"])
+    information = jacobian.T @ (weight[:, None] * jacobian)
+    scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
+    value, vector = np.linalg.eigh(information / np.outer(scale, scale))
+    # A full-rank design as wide as a real sweep gives 1e-4 to 1e-6; a line in (N, D) gives rounding.
+    if value[0] < 1e-8:
+        weak = [names[i] for i in np.argsort(-np.abs(vector[:, 0])) if abs(vector[i, 0]) > 0.25]
+        yield Notice(
+            "ill-conditioned",
+            "error" if value[0] < 1e-12 else "warning",
+            f"the data hardly determine the combination of {', '.join(weak)}.",
+            "trust predictions inside the data rather than these parameters; widen the sweep.",
+            {"eigenvalue": float(value[0]), "combination": dict(zip(names, vector[:, 0].tolist(), strict=True))},
+        )
+
+
+def _of_rows(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Notice]:
+    residual = fit.resid.to_numpy()
+    centre = np.median(residual)
+    scale = max(1.4826 * float(np.median(np.abs(residual - centre))), 1e-9)
+    far = np.abs(residual - centre) / scale
+    if not (far > 8).any():
+        return
+    keep = far <= 8
+    weights = np.where(keep, fit.rows.weights, 0.0)
+    without = problem.natural(minimise(problem, theta[None], weights, fit.record["delta"]).theta)[0]
+    moved = ", ".join(f"{n} {v:.4g}" for n, v in zip(fit.law.parameters, without, strict=True))
+    # A run that ends 30 % above the law has not merely noise: it diverged, or is of another kind.
+    for code, which in (
+        ("diverged-run", (far > 8) & (residual > 0.26)),
+        ("outlier-row", (far > 8) & (residual <= 0.26)),
+    ):
+        if which.any():
+            names = [n for n, w in zip(fit.rows.names, which, strict=True) if w]
+            yield Notice(
+                code,
+                "warning",
+                f"{name_rows(names)}: {far[which].max():.0f} robust scales off the law "
+                f"({np.expm1(np.abs(residual[which]).max()):.1%} in loss). Without rows beyond 8 scales: {moved}.",
+                "look at these runs' curves; leave them out with a reason, or say that they stayed in.",
+                {
+                    "rows": names,
+                    "scales": far[which].tolist(),
+                    "params_without": dict(zip(fit.law.parameters, without.tolist(), strict=True)),
+                },
+            )
+
+
+def _of_bootstrap(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Notice]:
+    draws = fit.record["draws"]
+    if not draws:
+        return
+    bad = fit.record["draws_failed"] + fit.record["draws_at_boundary"]
+    numbers: dict[str, Any] = {k: fit.record[f"draws_{k}"] for k in ("failed", "at_boundary", "redrawn")}
+    if bad > 0.05 * draws:
+        yield Notice(
+            "bootstrap-degenerate",
+            "warning",
+            f"{numbers['failed']} of {draws} refits failed and {numbers['at_boundary']} ended on a bound.",
+            "the intervals are rough: add runs.",
+            numbers,
+        )
+        return
+    error = sandwich(problem, theta, fit.rows.weights, fit.record["delta"])
+    good = fit.samples[np.isfinite(fit.samples).all(1)]
+    if error is None or len(good) < 20:
+        return
+    exponents = slice(len(fit.law.parameters) - problem.terms, None)
+    width = np.subtract(*np.quantile(good[:, exponents], [0.975, 0.025], axis=0)) / (2 * 1.96)
+    if (width < 0.2 * error[exponents]).any():
+        yield Notice(
+            "bootstrap-degenerate",
+            "warning",
+            "the bootstrap intervals are under a fifth of the Hessian's standard errors: refits that stop early, or "
+            "draws that are no resamples.",
+            "check the draws given; report this table as a bug otherwise.",
+            numbers | {"bootstrap": width.tolist(), "hessian": error[exponents].tolist()},
+        )
+
+
+def sandwich(problem: PowerSum, theta: np.ndarray, weights: np.ndarray, delta: float) -> np.ndarray | None:
+    """Standard errors of theta from curvature and scores (Huber 1967), None where too few rows have curvature."""
+    hessian = problem.evaluate(theta[None], weights[None], delta)[2][0]
+    jacobian = problem.jacobian(theta)
+    residual = problem.shares(theta[None])[0][0] - problem.log_loss
+    if (np.abs(residual) < delta).sum() < 2 * len(theta) or np.linalg.eigvalsh(hessian)[0] <= 0:
+        return None
+    score = jacobian * (weights * huber(residual, delta)[1])[:, None]
+    inverse = np.linalg.inv(hessian)
+    return np.sqrt(np.maximum(np.diag(inverse @ (score.T @ score) @ inverse), 0))
+
+
+# ------------------------------------------------------------------------------------------------ the use
+
+
+def extrapolation(fit: Fit, columns: Mapping[str, np.ndarray], flops: np.ndarray | None = None) -> None:
+    """Adds `far-extrapolation` where N, D, D/N or C lie outside the fitted range: a note up to a decade, then a warning."""
+    N, D = fit.rows.columns["params"], fit.rows.columns["tokens"]
+    asked = 6.0 * columns["params"] * columns["tokens"] if flops is None else flops
+    distance = {}
+    for name, known, wanted in (
+        ("C", fit.rows.compute, asked),
+        ("N", N, columns["params"]),
+        ("D", D, columns["tokens"]),
+        ("D/N", D / N, columns["tokens"] / columns["params"]),
+    ):
+        beyond = max(np.log10(wanted.max() / known.max()), np.log10(known.min() / wanted.min()))
+        if beyond > 0.05:
+            distance[name] = float(beyond)
+    if not distance:
+        return
+    furthest = max(distance.values())
+    if any(n.code == "far-extrapolation" and max(n.numbers["decades"].values()) >= furthest for n in fit.notices):
+        return
+    held = fit.holdout()
+    known = (
+        f"held-out error at {held.distance:.2f} decades: {held.error:.2%}" if held.ok else "no held-out error is known"
+    )
+    fit.add(
+        Notice(
+            "far-extrapolation",
+            "warning" if furthest > 1 else "note",
+            f"asked beyond the data by {', '.join(f'{d:.2f} decades of {n}' for n, d in distance.items())} ({known}).",
+            "train a run nearer to the target; an interval covers the noise, not a wrong form.",
+            {"decades": distance, "holdout_error": held.error if held.ok else None},
+        )
+    )
+
+
+def no_optimum(fit: Fit, budgets: np.ndarray, N: np.ndarray) -> None:
+    missing = budgets[~np.isfinite(N)]
+    if len(missing):
+        fit.add(
+            Notice(
+                "no-interior-optimum",
+                "warning",
+                f"the law has no interior optimum at C = {', '.join(f'{c:.3g}' for c in missing[:5])} FLOPs under this cost.",
+                "check the cost function and the exponents' signs.",
+                {"flops": missing.tolist()},
+            )
+        )

@@ -1,0 +1,320 @@
+"""IsoFLOP profiles: per budget a parabola of loss in ln N; its vertices follow N* ~ C^a and D* ~ C^b.
+
+Hoffmann et al. 2022, approach 2. A parabola is a local picture of the surface: wide or off-centre sweeps bias the
+vertex where alpha and beta differ, and no resampling sees that; compare with the fitted surface. A vertex outside
+its sweep, or of a parabola that opens downward, is no minimum: it is refused, said, and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from scalelab.errors import BadInput
+from scalelab.laws.allocate import flops_per_token
+from scalelab.laws.notices import Notice, name_rows
+from scalelab.laws.resample import ROUNDS
+from scalelab.laws.result import Result, jsonable, provenance
+from scalelab.laws.table import Table, prepare
+from scalelab.laws.validate import budgets
+
+NEAR = 10.0  # runs up to this factor in N from a budget's best run take part in its parabola
+NAMES = ("a", "b", "N_coef", "D_coef")
+
+
+def isoflop(
+    table: Table,
+    *,
+    columns: Mapping[str, str] | None = None,
+    budget: str | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    drop: bool = False,
+) -> IsoflopFit:
+    """Compute-optimal parameters and tokens from IsoFLOP sweeps.
+
+    Args:
+      table: runs with `params`, `tokens`, `loss` and, where known, `flops` (6 N D otherwise).
+      columns: role -> column, as in `laws.fit`.
+      budget: a column that names each run's budget; by default runs within about 20 % of compute share one.
+      bootstrap: draws; each resamples the runs of every budget, keeping three sizes at least.
+      seed: of the bootstrap.
+      drop: leave unusable rows out instead of raising.
+
+    D* = C / (FLOPs per token at N*), the cost being interpolated in ln N from the table itself.
+    """
+    rows = prepare(table, ("params", "tokens"), columns=columns, cluster=budget, drop=drop)
+    order = rows.order()
+    N, D, L = (rows.columns[role][order] for role in ("params", "tokens", "loss"))
+    flops = rows.compute[order]
+    if not isinstance(bootstrap, int | np.integer) or bootstrap < 0:
+        raise BadInput("bootstrap", bootstrap, "must be a number of draws, 0 for none")
+    label = budgets(flops) if rows.clusters is None else rows.clusters[order]
+    groups = [np.flatnonzero(label == g) for g in np.unique(label)]
+    if rows.clusters is None:
+        for group in groups:
+            if flops[group].max() > 2 * flops[group].min():
+                raise BadInput(
+                    "flops",
+                    [float(flops[group].min()), float(flops[group].max())],
+                    "these runs do not fall into budgets; name a column: budget=...",
+                )
+    C = np.array([np.exp(np.log(flops[group]).mean()) for group in groups])
+    by_compute = np.argsort(C)
+    groups, C = [groups[i] for i in by_compute], C[by_compute]
+    cost = flops_per_token(N, D, flops)
+
+    rng = np.random.default_rng(seed)
+    notices = list(rows.notices)
+    table_rows, draws = [], np.full((bootstrap, len(groups)), np.nan)
+    loss_draws = draws.copy()
+    for g, group in enumerate(groups):
+        x, y = np.log(N[group]), L[group]
+        near = np.abs(x - x[y.argmin()]) <= np.log(NEAR) + 1e-9
+        x, y = x[near], y[near]
+        row = {"flops": C[g], "runs": len(group), "used_runs": int(near.sum())}
+        vertex, reason, code = parabola(x, y)
+        row |= {"params": np.exp(vertex[0]), "loss": vertex[1], "used": not reason, "reason": reason}
+        if reason:
+            row["params"] = row["loss"] = np.nan
+            notices.append(_refusal(code, C[g], reason, np.array(rows.names)[order[group]].tolist(), notices))
+        else:
+            draws[:, g], loss_draws[:, g] = _vertex_draws(x, y, bootstrap, rng)
+        row["coefficients"] = vertex[2] if reason != "fewer than three sizes" else None
+        row["lowest_params"], row["highest_params"] = float(np.exp(x.min())), float(np.exp(x.max()))
+        table_rows.append(row)
+    notices = _merge(notices)
+
+    vertices = pd.DataFrame(table_rows).drop(columns="coefficients")
+    log_c = np.log(C)
+    point = _power_laws(log_c, np.log(vertices["params"].to_numpy())[None], cost)[0]
+    samples = _power_laws(log_c, draws, cost)
+    record = {
+        "law": "isoflop",
+        "objective": f"least squares, loss quadratic in ln N, runs within a factor {NEAR:g} of each budget's best",
+        "rows": len(rows),
+        "rows_in_table": len(rows.position),
+        "budgets": len(groups),
+        "budgets_used": int(vertices["used"].sum()),
+        "bootstrap": "runs within budgets",
+        "draws": int(bootstrap),
+        "draws_failed": int((~np.isfinite(samples).all(1)).sum()),
+        "seed": int(seed),
+        "columns": dict(columns or {}),
+        "data_sha256": rows.digest(("params", "tokens")),
+        **provenance(),
+    }
+    if record["budgets_used"] < 2:
+        notices.append(
+            Notice(
+                "too-few-budgets",
+                "error",
+                f"{record['budgets_used']} of {len(groups)} budgets have a minimum inside their sweep: two or more are "
+                "needed for the exponents, so none are given.",
+                "add sizes to the refused budgets, or budgets.",
+                {"budgets": len(groups), "used": record["budgets_used"]},
+            )
+        )
+    elif (lost := int((~np.isfinite(draws[:, vertices["used"]]).all(1)).sum())) > 0.05 * max(1, bootstrap):
+        notices.append(
+            Notice(
+                "bootstrap-degenerate",
+                "warning",
+                f"in {lost} of {bootstrap} draws some budget has no minimum inside its sweep; that budget is left out "
+                "of the draw, so the intervals are too narrow.",
+                "add sizes on both sides of the minimum.",
+                {"draws": lost},
+            )
+        )
+    curves = {g: r["coefficients"] for g, r in enumerate(table_rows)}
+    return IsoflopFit(
+        NAMES, point, samples, notices, record, vertices, draws, loss_draws, curves, cost_table(N, D, flops)
+    )
+
+
+def parabola(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[tuple[float, float, Any], str, str]:
+    """((vertex, value there, (centre, c2, c1, c0)), why it is refused or "", the refusal's code)."""
+    if len(np.unique(x)) < 3:
+        return (np.nan, np.nan, None), "fewer than three sizes", "isoflop-unbracketed"
+    centre = x.mean()
+    c2, c1, c0 = np.polyfit(x - centre, y, 2)
+    curve = (float(centre), float(c2), float(c1), float(c0))
+    if c2 <= 0:
+        return (np.nan, np.nan, curve), "the parabola opens downward", "isoflop-concave"
+    at = centre - c1 / (2 * c2)
+    value = c0 - c1**2 / (4 * c2)
+    if not x.min() < at < x.max():
+        side = "below" if at <= x.min() else "above"
+        return (at, value, curve), f"the minimum lies {side} the sizes tried", "isoflop-unbracketed"
+    return (float(at), float(value), curve), "", ""
+
+
+def _vertex_draws(x: np.ndarray, y: np.ndarray, draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """ln N* and loss* of each resample of one budget's runs; NaN where the resample has no minimum inside."""
+    picked = rng.integers(len(x), size=(draws, len(x)))
+    for _ in range(ROUNDS):
+        short = np.array([len(np.unique(p)) < 3 for p in x[picked]], bool)
+        if not short.any():
+            break
+        picked[short] = rng.integers(len(x), size=(int(short.sum()), len(x)))
+    centre = x.mean()
+    basis = np.stack([(x - centre) ** 2, x - centre, np.ones_like(x)], axis=1)
+    design, target = basis[picked], y[picked]
+    gram = np.einsum("rni,rnj->rij", design, design)
+    scale = np.sqrt(np.maximum(np.einsum("rii->ri", gram), 1e-300))
+    gram = gram / (scale[:, :, None] * scale[:, None, :]) + 1e-14 * np.eye(3)
+    right = np.einsum("rni,rn->ri", design, target) / scale
+    c2, c1, c0 = (np.linalg.solve(gram, right[..., None])[..., 0] / scale).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        at, value = -c1 / (2 * c2), c0 - c1**2 / (4 * c2)
+    inside = (c2 > 0) & (at > (x - centre).min()) & (at < (x - centre).max())
+    return np.where(inside, at + centre, np.nan), np.where(inside, value, np.nan)
+
+
+def _power_laws(log_c: np.ndarray, log_n: Float[np.ndarray, "R g"], cost: Any) -> Float[np.ndarray, "R 4"]:
+    """Least-squares lines through the budgets that have a vertex; NaN with fewer than two."""
+    seen = np.isfinite(log_n)
+    per_token = np.full(log_n.shape, np.nan)
+    per_token[seen] = np.log(cost(np.exp(log_n[seen])))
+    out = []
+    for target in (log_n, log_c - per_token):
+        count = seen.sum(1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean_x = np.where(seen, log_c, 0).sum(1) / count
+            mean_y = np.where(seen, target, 0).sum(1) / count
+            dx = np.where(seen, log_c - mean_x[:, None], 0)
+            slope = (dx * np.where(seen, target - mean_y[:, None], 0)).sum(1) / (dx**2).sum(1)
+            intercept = np.exp(mean_y - slope * mean_x)
+        enough = count >= 2
+        out.append((np.where(enough, slope, np.nan), np.where(enough, intercept, np.nan)))
+    (a, n0), (b, d0) = out
+    return np.stack([a, b, n0, d0], axis=1)
+
+
+def _refusal(code: str, flops: float, reason: str, names: list[str], before: list[Notice]) -> Notice:
+    remedy = {
+        "isoflop-unbracketed": "train sizes on both sides of the minimum at these budgets.",
+        "isoflop-concave": "add sizes, or lower the noise: these runs show no minimum.",
+    }[code]
+    return Notice(
+        code,
+        "warning",
+        f"C = {flops:.3g} FLOPs refused: {reason} ({name_rows(names)}).",
+        remedy,
+        {"flops": [float(flops)], "reason": [reason]},
+    )
+
+
+def _merge(notices: list[Notice]) -> list[Notice]:
+    """One notice per code: those of several budgets become one that names them all."""
+    merged: dict[str, Notice] = {}
+    for n in notices:
+        if n.code in merged and n.code.startswith("isoflop"):
+            old = merged[n.code]
+            numbers = {k: old.numbers[k] + n.numbers[k] for k in old.numbers}
+            merged[n.code] = Notice(n.code, n.severity, f"{old.message} {n.message}", n.remedy, numbers)
+        else:
+            merged[n.code] = n
+    return list(merged.values())
+
+
+def cost_table(N: np.ndarray, D: np.ndarray, flops: np.ndarray) -> dict[str, list[float]]:
+    """The measured sizes behind `flops_per_token`, for the file."""
+    return {"params": N.tolist(), "tokens": D.tolist(), "flops": flops.tolist()}
+
+
+class IsoflopFit(Result):
+    """The vertices of IsoFLOP parabolas and the power laws through them.
+
+    `params`: a, b of N* = N_coef C^a and D* = D_coef C^b. `vertices`: a row per budget with flops, params, tokens,
+    loss (each with lower and upper), whether it was used, and why not.
+    """
+
+    kind = "isoflop"
+
+    def __init__(self, names, estimate, samples, notices, record, vertices, vertex_draws, loss_draws, curves, costs):
+        super().__init__(names, estimate, samples, notices, record)
+        self._raw, self._vertex_draws, self._loss_draws = vertices, vertex_draws, loss_draws
+        self.curves: dict[int, tuple[float, float, float, float] | None] = curves
+        self._costs = costs
+        self.flops_per_token = flops_per_token(*(np.array(costs[k]) for k in ("params", "tokens", "flops")))
+
+    @property
+    def vertices(self) -> pd.DataFrame:
+        """One row per budget, smallest first; intervals are 95 % percentiles over resampled runs."""
+        frame = self._raw.copy()
+        C, known = frame["flops"].to_numpy(), frame["params"].notna().to_numpy()
+        frame["tokens"] = np.nan
+        frame.loc[known, "tokens"] = C[known] / self.flops_per_token(frame.loc[known, "params"].to_numpy())
+        N = np.exp(self._vertex_draws)
+        D = np.full(N.shape, np.nan)
+        seen = np.isfinite(N)
+        D[seen] = np.broadcast_to(C, N.shape)[seen] / self.flops_per_token(N[seen])
+        for name, samples in (("params", N), ("tokens", D), ("loss", self._loss_draws)):
+            frame[f"{name}_lower"], frame[f"{name}_upper"] = self._band(samples)
+        parts = [f"{n}{end}" for n in ("params", "tokens", "loss") for end in ("", "_lower", "_upper")]
+        return frame[["flops", *parts, "used", "reason", "runs", "used_runs", "lowest_params", "highest_params"]]
+
+    def _band(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `interval`, but a budget's own vertex keeps its interval where too few others are left for exponents."""
+        enough = np.isfinite(samples).sum(0) >= max(1, len(samples) / 2)
+        if not enough.any():
+            return np.full(samples.shape[1], np.nan), np.full(samples.shape[1], np.nan)
+        lower, upper = np.nanquantile(np.where(enough, samples, 0.0), [0.025, 0.975], axis=0)
+        return np.where(enough, lower, np.nan), np.where(enough, upper, np.nan)
+
+    def optimal(self, C: float | Sequence[float] | np.ndarray) -> pd.Series | pd.DataFrame:
+        """N* and D* at C FLOPs from the two power laws, with 95 % intervals; NaN where there are none."""
+        flops = np.atleast_1d(np.asarray(C, dtype=np.float64))
+        if flops.ndim != 1 or not (np.isfinite(flops) & (flops > 0)).all():
+            raise BadInput("C", C, "must be positive FLOPs, one number or a list of them")
+        out: dict[str, np.ndarray] = {"flops": flops}
+        for name, exponent, coefficient in (("params", 0, 2), ("tokens", 1, 3)):
+            out[name] = self.estimate[coefficient] * flops ** self.estimate[exponent]
+            drawn = self.samples[:, coefficient, None] * flops ** self.samples[:, exponent, None]
+            out[f"{name}_lower"], out[f"{name}_upper"] = self.interval(drawn)
+        frame = pd.DataFrame(out)
+        return frame if np.ndim(C) else frame.iloc[0].rename(float(flops[0]))
+
+    def summary(self) -> str:
+        r = self.record
+        lines = [
+            f"IsoFLOP: {r['budgets_used']} of {r['budgets']} budgets have a minimum inside their sweep; {r['rows']} rows",
+            "",
+        ]
+        for v in self.vertices.itertuples():
+            if v.used:
+                lines.append(
+                    f"  C = {v.flops:9.3g}  N* = {v.params:9.3g} [{v.params_lower:.3g}, {v.params_upper:.3g}]"
+                    f"  D* = {v.tokens:9.3g} [{v.tokens_lower:.3g}, {v.tokens_upper:.3g}]  loss {v.loss:.4f}"
+                )
+            else:
+                lines.append(f"  C = {v.flops:9.3g}  refused: {v.reason}")
+        lines += ["", *self.parameter_lines(), "", *self.notice_lines()]
+        return "\n".join(lines)
+
+    # ---------------------------------------------------------------------------------------- disk
+
+    def document(self) -> dict[str, Any]:
+        parts = {
+            "vertices": self._raw.to_dict("list"),
+            "vertex_draws": self._vertex_draws,
+            "loss_draws": self._loss_draws,
+            "curves": list(self.curves.values()),
+            "costs": self._costs,
+        }
+        return super().document() | jsonable(parts)
+
+    @classmethod
+    def restore(cls, names, estimate, samples, notices, record, document: dict[str, Any]) -> IsoflopFit:
+        vertices = pd.DataFrame(document["vertices"])
+        for column in ("params", "loss"):
+            vertices[column] = vertices[column].astype(np.float64)
+        shape = (-1, len(vertices))
+        draws, losses = (np.array(document[k], dtype=np.float64).reshape(shape) for k in ("vertex_draws", "loss_draws"))
+        curves = {g: None if c is None else tuple(c) for g, c in enumerate(document["curves"])}
+        return cls(names, estimate, samples, notices, record, vertices, draws, losses, curves, document["costs"])

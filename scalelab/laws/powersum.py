@@ -1,0 +1,161 @@
+"""Sums of powers, L = E + sum_k A_k X_k^-gamma_k: residuals, derivatives and starting points for the solver.
+
+Power law with a floor (one term), Chinchilla (two) and their kin differ in their columns only. Inside, parameters are
+theta = (ln E, ln A_1', ..., ln A_K', gamma_1, ..., gamma_K), with A_k' the term's value at the geometric mean of X_k:
+centring takes away most of the correlation between a coefficient and its exponent.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from scalelab.laws.solver import huber
+
+EXPONENTS = (1e-3, 4.0)  # what a fitted exponent may be
+LOG_TERM = (-35.0, 5.0)  # a term at the centre of the data, relative to the geometric mean of the loss
+GRID = np.geomspace(0.03, 1.6, 16)  # exponents tried in the search for starts
+
+
+class PowerSum:
+    """The regression of ln L on K positive columns.
+
+    `columns` is K arrays of n positive numbers, `loss` n positive numbers. The model in logs is a log-sum-exp, which
+    cannot overflow.
+    """
+
+    def __init__(self, columns: list[Float[np.ndarray, " n"]], loss: Float[np.ndarray, " n"]):
+        logs = [np.log(c) for c in columns]
+        self.centres = np.array([x.mean() for x in logs])
+        self.x = [x - c for x, c in zip(logs, self.centres, strict=True)]
+        self.terms, self.rows = len(columns), len(loss)
+        self.log_loss = np.log(loss)
+        self.level = self.log_loss.mean()
+        coefficients = self.terms + 1
+        self.lower = np.array([self.level + LOG_TERM[0]] * coefficients + [EXPONENTS[0]] * self.terms)
+        self.upper = np.array([self.level + LOG_TERM[1]] * coefficients + [EXPONENTS[1]] * self.terms)
+        one = np.ones(self.rows)
+        self._features = {
+            (k, l): np.stack([one, self.x[k], self.x[l], self.x[k] * self.x[l]], axis=1)
+            for k in range(self.terms)
+            for l in range(k + 1)
+        }
+
+    # ---------------------------------------------------------------------------------------- parameters
+
+    def natural(self, theta: Float[np.ndarray, "S P"]) -> Float[np.ndarray, "S P"]:
+        """theta -> (E, A_1, ..., A_K, gamma_1, ..., gamma_K) in the units of the columns."""
+        K = self.terms
+        gamma = theta[..., K + 1 :]
+        return np.concatenate(
+            [np.exp(theta[..., :1]), np.exp(theta[..., 1 : K + 1] + gamma * self.centres), gamma], axis=-1
+        )
+
+    def shares(self, theta: Float[np.ndarray, "S P"]) -> tuple[Float[np.ndarray, "S n"], list[np.ndarray]]:
+        """ln of the model, and each term's share of it (floor first)."""
+        K = self.terms
+        logs = [np.broadcast_to(theta[:, :1], (len(theta), self.rows))]
+        logs += [theta[:, 1 + k, None] - theta[:, 1 + K + k, None] * self.x[k] for k in range(K)]
+        top = logs[0]
+        for u in logs[1:]:
+            top = np.maximum(top, u)
+        parts = [np.exp(u - top) for u in logs]
+        total = parts[0].copy()
+        for p in parts[1:]:
+            total += p
+        for p in parts:
+            p /= total
+        return top + np.log(total), parts
+
+    # ---------------------------------------------------------------------------------------- derivatives
+
+    def evaluate(self, theta, weights, delta):
+        """See `solver.Problem`. With z = ln model and shares p_k: dz = sum_k p_k c_k for log-terms linear in theta,
+        d2z = sum_k p_k c_k c_k' - dz dz'; so every entry of the Hessian is a sum over rows of a product of shares
+        times a monomial in the columns, which one matrix product per pair of terms gives."""
+        K = self.terms
+        model, p = self.shares(theta)
+        residual = model - self.log_loss
+        loss, slope = huber(residual, delta)
+        size = np.abs(residual)
+        value = (weights * loss).sum(-1)
+        push = weights * slope
+        bend = weights * (size <= delta) - push
+        robust = weights * (delta / np.maximum(size, delta))
+
+        P = 2 * K + 1
+        gradient, metric = np.empty((len(theta), P)), np.empty((len(theta), P))
+        hessian = np.empty((len(theta), P, P))
+        pushed = [push * q for q in p]
+        bent = [bend * q for q in p]
+        gradient[:, 0] = pushed[0].sum(-1)
+        hessian[:, 0, 0] = (bent[0] * p[0]).sum(-1) + gradient[:, 0]
+        metric[:, 0] = (robust * p[0] ** 2).sum(-1)
+        for k in range(K):
+            c, g = 1 + k, 1 + K + k
+            first = pushed[1 + k] @ self._features[k, k][:, :2]
+            gradient[:, c], gradient[:, g] = first[:, 0], -first[:, 1]
+            weight = (robust * p[1 + k] ** 2) @ self._features[k, k][:, ::3]
+            metric[:, c], metric[:, g] = weight[:, 0], weight[:, 1]
+            floor = (bent[0] * p[1 + k]) @ self._features[k, k][:, :2]
+            hessian[:, 0, c] = hessian[:, c, 0] = floor[:, 0]
+            hessian[:, 0, g] = hessian[:, g, 0] = -floor[:, 1]
+            for l in range(k + 1):
+                d, h = 1 + l, 1 + K + l
+                pair = bent[1 + k] * p[1 + l]
+                if k == l:
+                    pair += pushed[1 + k]
+                s = pair @ self._features[k, l]
+                hessian[:, c, d] = hessian[:, d, c] = s[:, 0]
+                hessian[:, g, d] = hessian[:, d, g] = -s[:, 1]
+                hessian[:, c, h] = hessian[:, h, c] = -s[:, 2]
+                hessian[:, g, h] = hessian[:, h, g] = s[:, 3]
+        return value, gradient, hessian, metric
+
+    def jacobian(self, theta: Float[np.ndarray, " P"]) -> Float[np.ndarray, "n P"]:
+        """d ln(model) / d theta, row by row."""
+        _, p = self.shares(theta[None])
+        columns = [q[0] for q in p] + [-p[1 + k][0] * self.x[k] for k in range(self.terms)]
+        return np.stack(columns, axis=1)
+
+    # ---------------------------------------------------------------------------------------- starting points
+
+    def starts(self, weights: Float[np.ndarray, "R n"], grid: np.ndarray, blocks: int) -> Float[np.ndarray, "R S P"]:
+        """Starting points by variable projection (Golub & Pereyra 1973), for every row of weights.
+
+        For fixed exponents the law is linear in E and A_k: relative least squares over the whole grid of exponents
+        needs only sums over rows, which are matrix products. The grid is cut into `blocks` per exponent and each
+        block's best point is returned, best first, so that the starts are spread and not neighbours.
+        """
+        K, G, R = self.terms, len(grid), len(weights)
+        relative = np.exp(self.level - self.log_loss)
+        basis = [np.exp(-grid[:, None] * x) * relative for x in self.x]  # (G, n): X_k^-gamma / L
+        square = weights * relative**2
+        index = np.stack(np.meshgrid(*[np.arange(G)] * K, indexing="ij"), -1).reshape(-1, K)  # (G^K, K)
+        gram = np.empty((R, len(index), K + 1, K + 1))
+        right = np.empty((R, len(index), K + 1))
+        gram[..., 0, 0] = square.sum(-1)[:, None]
+        right[..., 0] = (weights @ relative)[:, None]
+        for k in range(K):
+            with_floor = (weights * relative) @ basis[k].T
+            gram[..., 0, k + 1] = gram[..., k + 1, 0] = with_floor[:, index[:, k]]
+            right[..., k + 1] = (weights @ basis[k].T)[:, index[:, k]]
+            gram[..., k + 1, k + 1] = (weights @ (basis[k] ** 2).T)[:, index[:, k]]
+            for l in range(k):
+                products = (basis[k][:, None] * basis[l][None]).reshape(G * G, -1)
+                both = (weights @ products.T).reshape(R, G, G)
+                gram[..., k + 1, l + 1] = gram[..., l + 1, k + 1] = both[:, index[:, k], index[:, l]]
+        size = np.sqrt(np.einsum("...ii->...i", gram))
+        scaled = gram / (size[..., :, None] * size[..., None, :]) + 1e-12 * np.eye(K + 1)
+        coefficient = np.linalg.solve(scaled, (right / size)[..., None])[..., 0] / size
+        # Coefficients are in units of the mean loss; a negative one restarts as a small positive term.
+        coefficient = np.maximum(coefficient, 1e-3)
+        score = np.einsum("...i,...ij,...j->...", coefficient, gram, coefficient) - 2 * (coefficient * right).sum(-1)
+        gamma = grid[index]
+        block = (index * blocks // G) @ (blocks ** np.arange(K))
+        best = np.stack(
+            [np.where(block == b, score, np.inf).argmin(-1) for b in range(blocks**K)], axis=-1
+        )  # (R, blocks^K)
+        best = np.take_along_axis(best, np.take_along_axis(score, best, 1).argsort(1), 1)
+        chosen = np.take_along_axis(coefficient, best[..., None], 1)
+        return np.concatenate([np.log(chosen) + self.level, gamma[best]], axis=-1)

@@ -1,0 +1,277 @@
+"""Tables in: any pandas table, dict of arrays or file -> the rows that a law is fitted to, by role."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+from scalelab.errors import BadInput, FeatureMissing
+from scalelab.laws.notices import Notice, name_rows
+
+# Role -> the column it is read from unless `columns=` says otherwise: the names of RunRecord.
+ROLES = ("params", "tokens", "loss", "flops", "loss_se", "unique_tokens", "status", "seed", "id", "family")
+NUMBERS = ("params", "tokens", "loss", "flops", "loss_se", "unique_tokens")
+
+Table = pd.DataFrame | Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows used, role by role, and how they relate to the caller's table.
+
+    `position[i]` is the used row that row i of the table went to, or -1 where it was left out; a duplicate goes to
+    the row it repeats. `names` are what messages call the rows: their `id`, or the label in the table's index.
+    """
+
+    columns: dict[str, np.ndarray]
+    index: pd.Index
+    names: list[str]
+    weights: np.ndarray
+    clusters: np.ndarray | None
+    position: Int[np.ndarray, " table"]
+    notices: tuple[Notice, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def compute(self) -> np.ndarray:
+        """Training FLOPs: the `flops` column where it is known, 6 N D elsewhere."""
+        plain = 6.0 * self.columns["params"] * self.columns["tokens"]
+        flops = self.columns.get("flops")
+        return plain if flops is None else np.where(np.isfinite(flops) & (flops > 0), flops, plain)
+
+    def order(self) -> np.ndarray:
+        """Positions in a canonical order, so that nothing depends on the order of the caller's table."""
+        return np.lexsort([self.weights, self.columns["loss"], self.columns["tokens"], self.columns["params"]])
+
+    def digest(self, inputs: Sequence[str]) -> str:
+        """SHA-256 of what the fit sees, whatever the order of the rows."""
+        seen = np.stack([*(self.columns[role] for role in (*inputs, "loss")), self.weights])[:, self.order()]
+        return hashlib.sha256(np.ascontiguousarray(seen).tobytes()).hexdigest()
+
+    def take(self, keep: np.ndarray) -> Rows:
+        """The rows where `keep` is true."""
+        kept = np.flatnonzero(keep)
+        return Rows(
+            {role: values[kept] for role, values in self.columns.items()},
+            self.index[kept],
+            [self.names[i] for i in kept],
+            self.weights[kept],
+            None if self.clusters is None else self.clusters[kept],
+            np.arange(len(kept)),
+        )
+
+
+def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """A table from .csv, .tsv, .jsonl (also .gz, .zst) or .parquet. Raises `BadInput` for what cannot be read."""
+    path = pathlib.Path(path)
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if not path.is_file():
+        raise BadInput("table", str(path), "no such file")
+    try:
+        if name.endswith((".csv", ".tsv")):
+            table = pd.read_csv(path, sep="\t" if name.endswith(".tsv") else ",")
+        elif name.endswith((".jsonl", ".ndjson")):
+            table = pd.read_json(path, lines=True)
+        elif name.endswith(".parquet"):
+            table = pd.read_parquet(path)
+        else:
+            raise BadInput("table", str(path), "must be a .csv, .tsv, .jsonl or .parquet file")
+    except ImportError:
+        raise FeatureMissing("reading Parquet", "pyarrow", "parquet") from None
+    except (ValueError, UnicodeDecodeError, pd.errors.ParserError, OSError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput("table", str(path), f"cannot be read: {str(error).splitlines()[0]}") from None
+    if table.empty:
+        raise BadInput("table", str(path), "has no rows")
+    return table
+
+
+def prepare(
+    table: Table,
+    inputs: Sequence[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    weights: str | Sequence[float] | np.ndarray | None = None,
+    cluster: str | None = None,
+    drop: bool = False,
+) -> Rows:
+    """The table's rows that can be fitted, by role.
+
+    Runs whose `status` is not "done" are left out, with a notice that names them. NaN, infinite or non-positive
+    values of an input, the loss or a weight raise `BadInput` that names the rows, or are left out with a notice where
+    `drop` is true. A row equal to an earlier one in every input, loss and seed is counted once, with a notice.
+    """
+    frame = _frame(table)
+    source = _sources(frame, columns or {}, (*inputs, "loss"))
+    notices: list[Notice] = []
+    names = [str(v) for v in (frame[source["id"]] if "id" in source else frame.index)]
+    keep = np.ones(len(frame), bool)
+
+    if "status" in source:
+        status = frame[source["status"]].astype(object)
+        done = (status == "done").to_numpy(bool)
+        if not done.all():
+            counts = status[~done].fillna("no status").value_counts().to_dict()
+            left = [n for n, d in zip(names, done, strict=True) if not d]
+            notices.append(
+                Notice(
+                    "run-not-done",
+                    "warning",
+                    f"Left out {len(left)} of {len(frame)} rows whose status is not done "
+                    f"({', '.join(f'{v} {k}' for k, v in counts.items())}): {name_rows(left)}.",
+                    "finish these runs, or accept a law of the runs that finished.",
+                    {"rows": left, "status": counts},
+                )
+            )
+        keep &= done
+        if not keep.any():
+            raise BadInput("table", f"{len(frame)} rows", "has no row whose status is done")
+
+    values = {
+        role: _numbers(frame, source[role], required=role in (*inputs, "loss")) for role in NUMBERS if role in source
+    }
+    weight = _weights(frame, weights)
+    for what, test in (("nonfinite", lambda v: ~np.isfinite(v)), ("nonpositive", lambda v: v <= 0)):
+        for role, array in [*((r, values[r]) for r in (*inputs, "loss")), ("weights", weight)]:
+            bad = keep & test(array)
+            if not bad.any():
+                continue
+            left = [names[i] for i in np.flatnonzero(bad)]
+            column = source.get(role, role)
+            if not drop:
+                raise BadInput(
+                    f"column {column}",
+                    array[bad][:5].tolist(),
+                    f"{what} in row {name_rows(left)}; must be a finite number above 0; drop=True leaves such rows out",
+                )
+            notices.append(
+                Notice(
+                    f"{what}-row",
+                    "warning",
+                    f"Left out {len(left)} rows with a {what} value in column {column}: {name_rows(left)}.",
+                    "mend the table, or say in your write-up that these rows are missing.",
+                    {"rows": left, "column": column},
+                )
+            )
+            keep &= ~bad
+    if not keep.any():
+        raise BadInput("table", f"{len(frame)} rows", "has no row left to fit")
+
+    position = np.full(len(frame), -1)
+    kept = np.flatnonzero(keep)
+    key = pd.DataFrame({role: values[role][kept] for role in (*inputs, "loss")})
+    if "seed" in source:
+        key["seed"] = frame[source["seed"]].to_numpy()[kept]
+    first = key.groupby(list(key), sort=False, dropna=False).ngroup().to_numpy()
+    used = kept[np.unique(first, return_index=True)[1]]
+    position[kept] = first
+    if len(used) < len(kept):
+        repeats = sorted(set(kept) - set(used))
+        notices.append(
+            Notice(
+                "duplicate-rows",
+                "warning",
+                f"{len(repeats)} rows repeat an earlier row exactly and are counted once: "
+                f"{name_rows(names[i] for i in repeats)}.",
+                "give replicates a seed column; remove copies.",
+                {"rows": [names[i] for i in repeats]},
+            )
+        )
+
+    if cluster is not None and cluster not in frame:
+        raise BadInput("cluster", cluster, f"no such column; the table has {', '.join(map(str, frame.columns))}")
+    columns_used: dict[str, np.ndarray] = {role: array[used] for role, array in values.items()}
+    for role in ("id", "family", "seed"):
+        if role in source:
+            columns_used[role] = frame[source[role]].to_numpy()[used]
+    return Rows(
+        columns_used,
+        frame.index[used],
+        [names[i] for i in used],
+        weight[used],
+        None if cluster is None else pd.factorize(frame[cluster].iloc[used], use_na_sentinel=False)[0],
+        position,
+        tuple(notices),
+    )
+
+
+def inputs_of(table: Table, roles: Sequence[str], columns: Mapping[str, str]) -> tuple[dict[str, np.ndarray], pd.Index]:
+    """The named roles of a table at which to evaluate a law; values must be finite and positive."""
+    frame = _frame(table)
+    source = _sources(frame, {k: v for k, v in columns.items() if v in frame}, roles)
+    values = {role: _numbers(frame, source[role], required=True) for role in roles}
+    for role, array in values.items():
+        bad = ~(np.isfinite(array) & (array > 0))
+        if bad.any():
+            raise BadInput(
+                f"column {source[role]}",
+                array[bad][:5].tolist(),
+                f"must be finite and above 0; see row {name_rows(frame.index[bad])}",
+            )
+    return values, frame.index
+
+
+def _frame(table: Table) -> pd.DataFrame:
+    if isinstance(table, pd.DataFrame):
+        frame = table
+    elif isinstance(table, Mapping):
+        arrays = {name: np.atleast_1d(np.asarray(values)) for name, values in table.items()}
+        lengths = {name: len(a) for name, a in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise BadInput("table", lengths, "columns must have one length")
+        frame = pd.DataFrame(arrays)
+    else:
+        raise BadInput("table", type(table).__name__, "must be a pandas DataFrame or a mapping of columns")
+    if frame.empty:
+        raise BadInput("table", f"{len(frame)} rows", "has nothing to fit")
+    return frame
+
+
+def _sources(frame: pd.DataFrame, columns: Mapping[str, str], required: Sequence[str]) -> dict[str, str]:
+    """Role -> column of this table."""
+    have = ", ".join(map(str, frame.columns))
+    for role, column in columns.items():
+        if role not in ROLES:
+            raise BadInput("columns", role, f"is no role; roles are {', '.join(ROLES)}")
+        if column not in frame:
+            raise BadInput(f"columns[{role}]", column, f"no such column; the table has {have}")
+    source = {role: columns.get(role, role) for role in ROLES if columns.get(role, role) in frame}
+    for role in required:
+        if role not in source:
+            raise BadInput(
+                "table", list(frame.columns), f"needs a column {role}; name yours: columns={{'{role}': ...}}"
+            )
+    return source
+
+
+def _numbers(frame: pd.DataFrame, column: str, *, required: bool) -> np.ndarray:
+    try:
+        return pd.to_numeric(frame[column], errors="raise" if required else "coerce").to_numpy(
+            np.float64, na_value=np.nan
+        )
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"column {column}", frame[column].iloc[0], f"must hold numbers ({error})") from None
+
+
+def _weights(frame: pd.DataFrame, weights: str | Sequence[float] | np.ndarray | None) -> np.ndarray:
+    if weights is None:
+        return np.ones(len(frame))
+    if isinstance(weights, str):
+        if weights not in frame:
+            raise BadInput("weights", weights, f"no such column; the table has {', '.join(map(str, frame.columns))}")
+        return _numbers(frame, weights, required=True)
+    array = np.asarray(weights, dtype=np.float64)
+    if array.shape != (len(frame),):
+        raise BadInput("weights", array.shape, f"must be one number for each of the {len(frame)} rows")
+    return array
