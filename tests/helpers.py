@@ -99,10 +99,10 @@ def last_step(folder: pathlib.Path) -> int:
         return 0
 
 
-def environment(cache: pathlib.Path) -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """For a process in another folder: the package is found there too."""
     root = str(pathlib.Path(__file__).parent.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
 
 
 def read_json(path: pathlib.Path) -> Any:
