@@ -122,14 +122,16 @@ def _of_columns(rows: Rows) -> Iterator[Notice]:
                 {"lowest": float(ratio.min()), "highest": float(ratio.max()), "trend": trend},
             )
     unique = rows.columns.get("unique_tokens")
-    if unique is not None and (again := D > unique * (1 + 1e-9)).any():
+    if unique is not None and (again := unique * (1 + 1e-9) < D).any():
+        names = [n for n, a in zip(rows.names, again, strict=True) if a]
+        epochs = float((D / unique)[again].max())
         yield Notice(
             "repeated-data",
             "warning",
-            f"{int(again.sum())} rows saw more tokens than they have unique ones, up to "
-            f"{float((D / unique)[again].max()):.2f} epochs: {name_rows(n for n, a in zip(rows.names, again, strict=True) if a)}.",
+            f"{len(names)} rows saw more tokens than they have unique ones, up to {epochs:.2f} epochs: "
+            f"{name_rows(names)}.",
             "the law holds for one pass; use more data, or a law with a repetition term.",
-            {"rows": int(again.sum()), "epochs": float((D / unique)[again].max())},
+            {"rows": names, "epochs": epochs},
         )
 
 
@@ -176,7 +178,7 @@ def _of_solution(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Not
             "the runs are too small, or the law too stiff, to show a floor: do not extrapolate far.",
             {"E": E},
         )
-    if E >= lowest:
+    if lowest <= E:
         yield Notice(
             "E-above-min-loss",
             "warning",
@@ -293,7 +295,7 @@ def sandwich(problem: PowerSum, theta: np.ndarray, weights: np.ndarray, delta: f
 
 
 def extrapolation(fit: Fit, columns: Mapping[str, np.ndarray], flops: np.ndarray | None = None) -> None:
-    """Adds `far-extrapolation` where N, D, D/N or C lie outside the fitted range: a note up to a decade, then a warning."""
+    """Adds `far-extrapolation` where N, D, D/N or C lie outside the fitted range: beyond a decade it warns."""
     N, D = fit.rows.columns["params"], fit.rows.columns["tokens"]
     asked = 6.0 * columns["params"] * columns["tokens"] if flops is None else flops
     distance = {}
@@ -333,7 +335,7 @@ def no_optimum(fit: Fit, budgets: np.ndarray, N: np.ndarray) -> None:
             Notice(
                 "no-interior-optimum",
                 "warning",
-                f"the law has no interior optimum at C = {', '.join(f'{c:.3g}' for c in missing[:5])} FLOPs under this cost.",
+                f"no interior optimum under this cost at C = {name_rows(f'{c:.3g}' for c in missing)} FLOPs.",
                 "check the cost function and the exponents' signs.",
                 {"flops": missing.tolist()},
             )

@@ -283,7 +283,7 @@ class IsoflopFit(Result):
     def summary(self) -> str:
         r = self.record
         lines = [
-            f"IsoFLOP: {r['budgets_used']} of {r['budgets']} budgets have a minimum inside their sweep; {r['rows']} rows",
+            f"IsoFLOP: {r['rows']} rows; {r['budgets_used']} of {r['budgets']} budgets have a minimum inside the sizes",
             "",
         ]
         for v in self.vertices.itertuples():

@@ -92,12 +92,18 @@ class Law:
         problem = self.problem(rows.columns)
 
         starts = problem.starts(rows.weights[None], GRID, BLOCKS)[0, :STARTS]
-        # A first pass with a wider Huber zone brings far starts near; it need not finish.
-        lead = minimise(problem, starts, rows.weights, 10 * delta, tolerance=1e-4, max_iterations=40)
-        found = minimise(problem, lead.theta, rows.weights, delta)
-        best = int(np.where(found.converged, found.value, np.inf).argmin())
-        if not found.converged.any():
-            best = int(found.value.argmin())
+        # A first pass with a wider Huber zone brings far starts near; it need not finish. Starts that crawl along a
+        # valley are let go, and counted as not agreeing; the best one is carried to its end.
+        lead = minimise(problem, starts, rows.weights, 10 * delta, tolerance=1e-4, max_iterations=30)
+        found = minimise(problem, lead.theta, rows.weights, delta, max_iterations=60)
+        best = int(found.value.argmin())
+        if not found.converged[best]:
+            last = minimise(problem, found.theta[best], rows.weights, delta)
+            found.theta[best], found.value[best] = last.theta[0], last.value[0]
+            found.converged[best], found.iterations[best] = (
+                last.converged[0],
+                found.iterations[best] + last.iterations[0],
+            )
         floor = AGREE * found.value[best] + 1e-24 * rows.weights.sum()
         agreeing = found.converged & (found.value <= found.value[best] + floor)
 

@@ -33,7 +33,7 @@ def resample(
     if rows.clusters is None:
         group = np.arange(n)
     else:  # number clusters by their first row in canonical order
-        labels, first, inverse = np.unique(rows.clusters[order], return_index=True, return_inverse=True)
+        _labels, first, inverse = np.unique(rows.clusters[order], return_index=True, return_inverse=True)
         group = np.argsort(np.argsort(first))[inverse]
     groups = int(group.max()) + 1
     if groups < 2:

@@ -109,7 +109,7 @@ def _newton(problem: Problem, theta, weights, delta, tolerance, max_iterations) 
             gain = (value - new[0]) / predicted
         good = (new[0] < value) & (predicted > 0)
         # Gain ratio near 1: the model is right, trust it further; small: shorten the step (Levenberg, Marquardt).
-        damping = np.where(good & (gain > 0.75), damping * 0.1, np.where(good & (gain > 0.2), damping, damping * 6))
+        damping = np.where(good & (gain > 0.75), damping * 0.2, np.where(good & (gain > 0.2), damping, damping * 4))
         damping = np.maximum(damping, 1e-12)
         theta = np.where(good[:, None], trial, theta)
         value, gradient, hessian, metric = (

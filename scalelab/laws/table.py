@@ -170,11 +170,12 @@ def prepare(
 
     position = np.full(len(frame), -1)
     kept = np.flatnonzero(keep)
-    key = pd.DataFrame({role: values[role][kept] for role in (*inputs, "loss")})
+    key = [values[role][kept] for role in (*inputs, "loss")]
     if "seed" in source:
-        key["seed"] = frame[source["seed"]].to_numpy()[kept]
-    first = key.groupby(list(key), sort=False, dropna=False).ngroup().to_numpy()
-    used = kept[np.unique(first, return_index=True)[1]]
+        key.append(pd.factorize(frame[source["seed"]].iloc[kept])[0])
+    _, where, inverse = np.unique(np.stack(key, axis=1), axis=0, return_index=True, return_inverse=True)
+    used = kept[np.sort(where)]
+    first = np.argsort(np.argsort(where))[inverse.reshape(-1)]
     position[kept] = first
     if len(used) < len(kept):
         repeats = sorted(set(kept) - set(used))

@@ -51,8 +51,8 @@ class Holdout:
         rest = ", ".join(f"{name} {row.mean_abs:.2%}" for name, row in self.errors.iloc[1:].iterrows())
         return (
             f"hold-out: fitted to {self.fitted} runs, {self.held_out} of C >= {self.cut:.3g} predicted "
-            f"({self.distance:.2f} decades on): mean error {self.error:.2%} (bias {self.errors.loc['law', 'bias']:+.2%}); "
-            f"{rest}"
+            f"({self.distance:.2f} decades on): mean error {self.error:.2%} "
+            f"(bias {self.errors.loc['law', 'bias']:+.2%}); {rest}"
         )
 
 
@@ -65,12 +65,18 @@ def budgets(flops: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 
 def default_cut(flops: Float[np.ndarray, " n"]) -> float:
-    """Where the largest budget begins; without clear budgets, the compute of the top fifth of the runs."""
-    label = budgets(flops)
-    top = flops[label == label.max()]
-    if label.max() > 0 and label.max() + 1 <= len(flops) / 2 and len(top) <= len(flops) / 2:
-        return float(top.min())
-    return float(np.sort(flops)[-max(1, len(flops) // 5)])
+    """Where the largest budget begins; the largest few, where one holds under a tenth of the runs.
+
+    Without clear budgets, or where that would take over half of the runs: the compute of the top fifth.
+    """
+    label, n = budgets(flops), len(flops)
+    for first in range(label.max(), 0, -1):
+        top = flops[label >= first]
+        if len(top) > n / 2:
+            break
+        if len(top) >= max(2, n / 10):
+            return float(top.min())
+    return float(np.sort(flops)[-max(1, n // 5)])
 
 
 def holdout(fit: Fit, cut: float | None = None) -> Holdout:

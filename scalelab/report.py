@@ -1,0 +1,445 @@
+"""The report of a sweep: one self-contained HTML file, and the same answers as tables in the terminal."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+import scalelab
+from scalelab import laws
+from scalelab.laws.result import write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scalelab.laws import Fit, IsoflopFit
+
+FURTHER = 10.0  # the report looks this far beyond the largest budget
+
+# Columns of the table of runs: RunRecord's name -> heading and unit.
+SHOWN = {
+    "id": "run",
+    "family": "family",
+    "status": "status",
+    "width": "width",
+    "layers": "layers",
+    "params": "N",
+    "params_non_embedding": "N without embeddings",
+    "tokens": "D (tokens)",
+    "flops": "C (FLOP)",
+    "batch_tokens": "batch (tokens)",
+    "lr": "peak LR",
+    "loss": "loss (nats/token)",
+    "loss_se": "± s.e.",
+    "bpb": "bits/byte",
+    "seconds": "seconds",
+    "seed": "seed",
+}
+INTEGERS = ("width", "layers", "seed")
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fdfdfc; --soft: #5f6670; --line: #d9dce0; --card: #f3f4f6;
+  --accent: #0b63a5; --warn: #9a5b00; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e7e9; --paper: #16181b; --soft: #a2a9b3; --line: #363b42;
+  --card: #202328; --accent: #6db6f2; --warn: #e5a84b; --bad: #f2857e; } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 68rem; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 4rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem }
+.answer { background: var(--card); border-left: 4px solid var(--accent); padding: .9rem 1.2rem; border-radius: 4px }
+.answer p { margin: .35rem 0 } .answer b { white-space: nowrap }
+.soft { color: var(--soft); font-size: .9rem } code, pre { font: .85rem/1.45 ui-monospace, monospace }
+pre { overflow-x: auto; background: var(--card); padding: .8rem; border-radius: 4px }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th { color: var(--soft); font-weight: 600 } th:first-child, td:first-child { text-align: left }
+td.words { text-align: left; white-space: normal; min-width: 14rem }
+figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .6rem }
+figure img { display: block; width: 100%; height: auto } figcaption { color: #444; font-size: .9rem; padding: .3rem .4rem 0 }
+.pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)) }
+.pair figure { margin: 0 } ul.notices { padding-left: 1.1rem } .notices li { margin: .4rem 0 }
+.error b { color: var(--bad) } .warning b { color: var(--warn) } .note b { color: var(--soft) }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .9rem } dt { color: var(--soft) }
+dd { margin: 0; overflow-wrap: anywhere } @media (max-width: 34rem) { dl { display: block } dd { margin-bottom: .4rem } }
+"""
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def write(
+    path: str | os.PathLike[str],
+    table: pd.DataFrame,
+    curves: pd.DataFrame | None = None,
+    fits: Mapping[str, Fit] | None = None,
+    isoflop: IsoflopFit | None = None,
+    *,
+    title: str = "Scaling-law report",
+    command: str | None = None,
+    notes: Sequence[str] = (),
+) -> pathlib.Path:
+    """Write the report, atomically, and return its path. The file needs no network and no other file.
+
+    `table` is what `records.load` gives, `curves` what `records.curves` gives; `fits` maps names to law fits, the first
+    of which answers the headline.
+    """
+    fits = dict(fits or {})
+    cost = cost_of(table)
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        f"<p class=soft>scalelab {scalelab.__version__} · {len(table)} runs"
+        + (f" · <code>{_text(command)}</code>" if command else "")
+        + "</p>",
+        "<section class=answer>" + "".join(f"<p>{line}</p>" for line in headline(table, fits, isoflop)) + "</section>",
+        *(f"<p>{_text(note)}</p>" for note in notes),
+        *_answers(table, fits, isoflop, cost),
+        *_figures(table, curves, fits, isoflop, cost),
+        *_holdouts(fits),
+        *_notices(fits, isoflop),
+        *_runs(table),
+        *_how(fits, isoflop),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+    return write_atomically(path, page)
+
+
+def cost_of(table: pd.DataFrame) -> Any:
+    """FLOPs per token as a function of N where the finished runs' FLOPs are known, else 6 (for C = 6 N D)."""
+    done = _done(table)
+    if "flops" not in done or not len(done) or not (done["flops"] > 0).all():
+        return 6.0
+    return laws.flops_per_token(*(done[c].to_numpy(float) for c in ("params", "tokens", "flops")))
+
+
+def headline(table: pd.DataFrame, fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> list[str]:
+    """The answer in words, as HTML lines: what to train at the largest budget and beyond, and how sure that is."""
+    if not fits:
+        return ["No law was fitted."]
+    name, fit = next(iter(fits.items()))
+    lines = []
+    largest = float(fit.rows.compute.max())
+    if not fit.ok:
+        codes = ", ".join(n.code for n in fit.warnings if n.severity == "error")
+        lines.append(
+            f"<b>No answer:</b> the {_text(name)} fit must not be used ({_text(codes)}); see the findings below."
+        )
+    else:
+        best = fit.optimal([largest, FURTHER * largest], cost_of(table))
+        for row, words in zip(best.itertuples(), ("At the largest budget", f"{FURTHER:g} times further"), strict=True):
+            lines.append(f"{words}, C = {_sci(row.flops)} FLOP: {_advice(row)}.")
+        held = fit.holdout()
+        lines.append(
+            f"Fitted without the largest runs, the law predicts them to <b>{held.error:.1%}</b> "
+            f"({held.distance:.1f} decades of compute further)."
+            if held.ok
+            else f"No run could be held out ({_text(held.reason)}): the extrapolation is unchecked."
+        )
+    if isoflop is not None:
+        used, all_ = isoflop.record["budgets_used"], isoflop.record["budgets"]
+        if isoflop.ok:
+            at = isoflop.optimal(largest)
+            lines.append(
+                f"IsoFLOP parabolas ({used} of {all_} budgets) say N = {_range(at, 'params')} "
+                f"on D = {_range(at, 'tokens')} tokens at C = {_sci(largest)} FLOP."
+            )
+        else:
+            lines.append(f"IsoFLOP parabolas give no exponents: {used} of {all_} budgets show a minimum.")
+    errors = sum(n.severity == "error" for f in _all(fits, isoflop).values() for n in f.warnings)
+    doubts = sum(n.severity == "warning" for f in _all(fits, isoflop).values() for n in f.warnings)
+    if errors or doubts:
+        lines.append(f"{errors} errors and {doubts} warnings are listed under <a href='#findings'>Findings</a>.")
+    return lines
+
+
+def _advice(row: Any) -> str:
+    if not np.isfinite(row.params):
+        return "the law has no interior optimum here"
+    n, d, loss = (_range(row, c) for c in ("params", "tokens", "loss"))
+    return f"train <b>N = {n}</b> parameters on <b>D = {d}</b> tokens, for a loss of {loss}"
+
+
+# ------------------------------------------------------------------------------------------------ sections
+
+
+def _answers(table: pd.DataFrame, fits: Mapping[str, Fit], isoflop: IsoflopFit | None, cost: Any) -> list[str]:
+    parts = ["<h2>Fitted laws</h2>"] if fits or isoflop is not None else []
+    for name, fit in fits.items():
+        parts.append(
+            f"<p><b>{_text(name)}</b>: {_text(fit.law.equation)} <span class=soft>({_text(fit.law.source)})</span></p>"
+        )
+        parts.append(_html_table(("", "estimate", "95 % interval"), parameters(fit)))
+        if fit.ok:
+            parts.append("<p>Compute-optimal, with this family's own FLOPs per token:</p>")
+            parts.append(_html_table(("C (FLOP)", "N*", "D* (tokens)", "D*/N*", "loss"), optima(fit, cost)))
+    if isoflop is not None:
+        parts.append("<p><b>IsoFLOP</b>: N* ~ C^a, D* ~ C^b through the minima of parabolas in ln N</p>")
+        parts.append(_html_table(("", "estimate", "95 % interval"), parameters(isoflop)))
+        parts.append(_html_table(("C (FLOP)", "runs", "N*", "D* (tokens)", "loss", ""), vertex_rows(isoflop)))
+    return parts
+
+
+def _figures(table, curves, fits, isoflop, cost) -> list[str]:
+    from scalelab import plots
+
+    figures = []
+    if curves is not None and len(curves):
+        ax = plots.loss_curves(curves, table)
+        figures.append(_figure(ax.figure, "Held-out loss as the runs train; a dotted run did not finish."))
+    if isoflop is not None:
+        ax = plots.isoflop(table, isoflop)
+        figures.append(_figure(ax.figure, "IsoFLOP profiles: at each budget, loss against size."))
+    for name, fit in fits.items():
+        if not np.isfinite(fit.estimate).all():
+            continue
+        ax = plots.surface(fit, table, None, cost)
+        figures.append(_figure(ax.figure, f"{name}: the fitted surface and its compute-optimal frontier."))
+        figures.append(_figure(plots.measured(fit).figure, f"{name}: residuals of the runs."))
+    wide = []
+    both = {n: f for n, f in _all(fits, isoflop).items() if f.ok}
+    if both:
+        compute = [float(f.rows.compute.max()) for f in fits.values()] or [float(isoflop.vertices["flops"].max())]
+        low = [float(f.rows.compute.min()) for f in fits.values()] or [float(isoflop.vertices["flops"].min())]
+        axes = plots.allocation(both, (min(low), FURTHER * max(compute)), None, cost)
+        wide.append(_figure(axes[0].figure, "Compute-optimal parameters and tokens against compute."))
+    for name, fit in fits.items():
+        if fit.holdout().ok:
+            figures.append(_figure(plots.holdout(fit).figure, f"{name}: runs that the fit had not seen."))
+    if not figures and not wide:
+        return []
+    return ["<h2>Figures</h2>", *wide, '<div class="pair">', *figures, "</div>"]
+
+
+def _holdouts(fits: Mapping[str, Fit]) -> list[str]:
+    parts = ["<h2>Hold-out check</h2>"] if fits else []
+    for name, fit in fits.items():
+        held = fit.holdout()
+        if not held.ok:
+            parts.append(f"<p>{_text(name)}: none ({_text(held.reason)}).</p>")
+            continue
+        parts.append(
+            f"<p>{_text(name)}: fitted to the {held.fitted} runs below C = {_sci(held.cut)} FLOP, {held.held_out} larger ones "
+            f"predicted. Relative errors, beside what needs no law:</p>"
+        )
+        rows = [(n, f"{r.mean_abs:.2%}", f"{r.bias:+.2%}", f"{r.worst:.2%}") for n, r in held.errors.iterrows()]
+        parts.append(_html_table(("", "mean", "bias", "worst"), rows))
+    return parts
+
+
+def _notices(fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> list[str]:
+    items = []
+    for name, fit in _all(fits, isoflop).items():
+        for n in fit.warnings:
+            items.append(
+                f"<li class={n.severity}><b>{n.severity}: {_text(n.code)}</b> ({_text(name)}) {_text(n.message)} "
+                f"<span class=soft>Remedy: {_text(n.remedy)}</span></li>"
+            )
+    found = f"<ul class=notices>{''.join(items)}</ul>" if items else "<p>None.</p>"
+    return ['<h2 id="findings">Findings</h2>', found]
+
+
+def _runs(table: pd.DataFrame) -> list[str]:
+    shown = [c for c in SHOWN if c in table]
+    ordered = table.sort_values([c for c in ("flops", "params") if c in table]) if len(table) else table
+    rows = [[_cell(c, v) for c, v in zip(shown, row, strict=True)] for row in ordered[shown].itertuples(index=False)]
+    return [
+        f"<h2>Runs</h2><details open><summary>{len(table)} runs</summary>",
+        _html_table([SHOWN[c] for c in shown], rows),
+        "</details>",
+    ]
+
+
+def _how(fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> list[str]:
+    parts = ["<h2>How it was fitted</h2>"]
+    for name, fit in _all(fits, isoflop).items():
+        r = fit.record
+        facts = {
+            "rows": f"{r['rows']} of {r['rows_in_table']}",
+            "objective": r["objective"],
+            "value": f"{r['value']:.12g}" if "value" in r else None,
+            "starts": f"{r['starts']}, of which {r['agreement']:.0%} agree" if "starts" in r else None,
+            "weights": r.get("weights"),
+            "intervals": f"percentiles of {r['draws']} bootstrap draws ({r['bootstrap']}), seed {r['seed']}, "
+            f"{r['draws_failed']} failed",
+            "data SHA-256": r["data_sha256"],
+            "versions": ", ".join(f"{k} {v}" for k, v in r["versions"].items()),
+            "time": r["time"],
+        }
+        listed = "".join(f"<dt>{k}</dt><dd>{_text(v)}</dd>" for k, v in facts.items() if v is not None)
+        parts.append(f"<p><b>{_text(name)}</b></p><dl>{listed}</dl>")
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------ the terminal
+
+
+def terminal(
+    table: pd.DataFrame, fits: Mapping[str, Fit], isoflop: IsoflopFit | None = None, console: Console | None = None
+) -> None:
+    """Print parameters, minima, optima, hold-out and findings as tables."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    cost = cost_of(table)
+
+    def show(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        grid = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+        for i, head in enumerate(heads):
+            grid.add_column(head, justify="left" if i == 0 or not head else "right")
+        for row in rows:
+            grid.add_row(*(escape(cell) for cell in row))
+        console.print(grid)
+
+    for name, fit in fits.items():
+        show(f"{name}: {fit.law.equation}", ("", "estimate", "95 % interval"), parameters(fit))
+        if fit.ok:
+            show("Compute-optimal", ("C (FLOP)", "N*", "D* (tokens)", "D*/N*", "loss"), optima(fit, cost))
+        console.print(escape(fit.holdout().summary()), highlight=False)
+    if isoflop is not None:
+        show("IsoFLOP minima", ("C (FLOP)", "runs", "N*", "D* (tokens)", "loss", ""), vertex_rows(isoflop))
+        show("IsoFLOP: N* ~ C^a, D* ~ C^b", ("", "estimate", "95 % interval"), parameters(isoflop))
+    colours = {"error": "bold red", "warning": "yellow", "note": "dim"}
+    for name, fit in _all(fits, isoflop).items():
+        for n in fit.warnings:
+            console.print(
+                f"[{colours[n.severity]}]{n.severity} {escape('[' + n.code + ']')}[/] ({escape(name)}) "
+                f"{escape(n.message)} [dim]Remedy: {escape(n.remedy)}[/]",
+                highlight=False,
+            )
+
+
+# ------------------------------------------------------------------------------------------------ rows shared by both
+
+
+def parameters(fit: Fit | IsoflopFit) -> list[tuple[str, str, str]]:
+    """(name, estimate, interval) of a fit's parameters and, for laws, of the allocation exponents."""
+    frame = fit.conf_int().assign(estimate=fit.params)
+    if hasattr(fit, "allocation"):
+        frame = pd.concat([frame, fit.allocation()])  # type: ignore[union-attr]
+    else:
+        frame = frame.loc[["a", "b"]]
+    return [
+        (
+            str(name),
+            _number(row.estimate),
+            f"{_number(row.lower)} to {_number(row.upper)}" if np.isfinite(row.lower) else "—",
+        )
+        for name, row in frame.iterrows()
+    ]
+
+
+def optima(fit: Fit, cost: Any) -> list[tuple[str, ...]]:
+    """What to train at the largest budget and `FURTHER` times beyond, with intervals."""
+    largest = float(fit.rows.compute.max())
+    rows = []
+    for row in fit.optimal([largest, FURTHER * largest], cost).itertuples():
+        if np.isfinite(row.params):  # type: ignore[attr-defined]
+            shown = (
+                _range(row, "params"),
+                _range(row, "tokens"),
+                f"{row.tokens / row.params:.3g}",
+                _range(row, "loss"),
+            )  # type: ignore[attr-defined]
+        else:
+            shown = ("no interior optimum", "—", "—", "—")
+        rows.append((_sci(row.flops), *shown))  # type: ignore[attr-defined]
+    return rows
+
+
+def vertex_rows(isoflop: IsoflopFit) -> list[tuple[str, ...]]:
+    """A row per budget: its minimum with intervals, or why it is refused."""
+    rows = []
+    for _, v in isoflop.vertices.iterrows():
+        shown = tuple(_range(v, c) for c in ("params", "tokens", "loss")) if v.used else ("—",) * 3
+        rows.append((_sci(v.flops), f"{v.used_runs} of {v.runs}", *shown, "" if v.used else f"refused: {v.reason}"))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def _all(fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> dict[str, Any]:
+    return dict(fits) | ({} if isoflop is None else {"IsoFLOP": isoflop})
+
+
+def _done(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["status"] == "done"] if "status" in table else table
+
+
+def _number(value: float) -> str:
+    """Four significant digits; powers of ten only where plain digits would not do."""
+    if not np.isfinite(value):
+        return "—"
+    return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.3e}"
+
+
+def _count(value: float) -> str:
+    from scalelab.plots import human
+
+    return human(value)
+
+
+def _sci(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _range(row: Any, column: str) -> str:
+    """`1.2M [1.1M, 1.4M]`, or the number alone where there is no interval."""
+    show = _number if column == "loss" else _count
+    value, low, high = (getattr(row, f"{column}{end}", float("nan")) for end in ("", "_lower", "_upper"))
+    return f"{show(value)} [{show(low)}, {show(high)}]" if np.isfinite(low) else show(value)
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+        return "—"
+    if column in ("params", "params_non_embedding", "tokens", "batch_tokens"):
+        return _count(float(value))
+    if column in INTEGERS:
+        return str(int(value))
+    if column == "flops":
+        return _sci(float(value))
+    return _number(float(value)) if isinstance(value, int | float | np.number) else str(value)
+
+
+def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(h)}</th>" for h in heads)
+    body = "".join(
+        "<tr>" + "".join(f"<td{' class=words' if len(c) > 40 else ''}>{_text(c)}</td>" for c in row) + "</tr>"
+        for row in rows
+    )
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _figure(figure: Any, caption: str) -> str:
+    """The figure as an SVG image inside the page; as an image, its ids cannot clash with another figure's."""
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "scalelab"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    data = base64.b64encode(out.getvalue()).decode()
+    words = _text(caption)
+    return (
+        f'<figure><img alt="{words}" src="data:image/svg+xml;base64,{data}"><figcaption>{words}</figcaption></figure>'
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
