@@ -87,13 +87,13 @@ def make_nll(
 
 def make_step(
     config: ConfigDict, nll: Callable[..., Any], optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Int[Array, "B T+1"]], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """One update on a global batch, cut into `accum_steps` parts. Not jitted yet.
+) -> Callable[[TrainState, Int[Array, "B T+1"], Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """(state, rows, learning rate) -> (state, metrics): one update on a global batch. Not jitted yet.
 
-    Loss and gradient are sums over all target tokens divided by their number in the whole batch, whatever the parts.
+    The batch is cut into `accum_steps` parts. Loss and gradient are sums over all target tokens divided by their number
+    in the whole batch, whatever the parts.
     """
     parts, z_loss = config.train.accum_steps, config.train.z_loss
-    rate = optim.schedule(config.optim, config.train.steps)
 
     def objective(params: Any, rows: Int[Array, "b T+1"]) -> tuple[Array, Array]:
         losses, lse, _ = nll(params, rows)
@@ -102,7 +102,7 @@ def make_step(
 
     gradient = jax.grad(objective, has_aux=True)
 
-    def step(state: TrainState, rows: Int[Array, "B T+1"]) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    def step(state: TrainState, rows: Int[Array, "B T+1"], rate: Any) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         if parts == 1:
             grads, loss = gradient(state.params, rows)
         else:
@@ -117,8 +117,9 @@ def make_step(
         tokens = rows.shape[0] * (rows.shape[1] - 1)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {"loss": loss / tokens, "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        metrics = {"loss": loss / tokens, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
 
@@ -132,7 +133,7 @@ class Trainer:
         self.config = config
         _, shapes = models.abstract(self.model)
         mask = parametrization.decay_mask(models.roles(self.model), config.optim.decay_embeddings)
-        self.optimizer = optim.optimizer(config.optim, config.train.steps, mask)
+        self.optimizer = optim.optimizer(config.optim, mask)
         nll = make_nll(config, self.model, corpus.bos)
         everywhere = sharding.replicated(self.mesh)
         self.step = jax.jit(make_step(config, nll, self.optimizer), donate_argnums=0)
@@ -254,10 +255,12 @@ class Attempt:
         stream = self.corpus.stream(config.data_seed, start, jax.process_index(), jax.process_count())
         saved_at = time.perf_counter()
         running: tuple[int, Any] | None = None  # the step whose metrics have not been read yet
+        rate = optim.schedule(config.optim, steps)
         reason, self.last_read = None, None
         with stop_signal() as stop, contextlib.closing(stream):
             for step in range(start + 1, steps + 1):
-                state, metrics = trainer.step(state, sharding.put_rows(next(stream), trainer.mesh))
+                rows = sharding.put_rows(next(stream), trainer.mesh)
+                state, metrics = trainer.step(state, rows, np.float32(rate(step - 1)))
                 if running is not None and (reason := self._read(*running)):
                     break
                 running = (step, metrics)
@@ -289,12 +292,12 @@ class Attempt:
 
     def _read(self, step: int, metrics: Any, held_out: dict[str, Any] | None = None) -> str | None:
         """Waits for a step's metrics and writes its line. Returns the reason if the run has diverged there."""
-        loss, grad_norm, lr = (float(metrics[name]) for name in ("loss", "grad_norm", "lr"))
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         now = time.perf_counter()
         if self.last_read is not None:
             self.step_times.append(now - self.last_read)
         self.last_read = now
-        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": round(self._seconds(), 3)}
+        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "seconds": round(self._seconds(), 3)}
         if held_out is not None:
             line["held_out"] = held_out
         for sink in self.sinks:
@@ -404,7 +407,7 @@ def use_compilation_cache() -> None:
     """XLA's persistent cache, unless the user has chosen one: a sweep's runs of one shape compile once."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 # Dense bf16 FLOP/s per device, from the makers' data sheets.

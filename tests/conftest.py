@@ -1,7 +1,6 @@
 """What every test shares. Eight CPU devices are asked for by the tests that need them, in processes of their own."""
 
 import os
-
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -77,7 +77,9 @@ def test_a_flipped_bit_changes_the_checksum_wherever_it_is():
 
 
 def files(folder, item):
-    return sorted(p for p in (folder / item).rglob("*") if p.is_file() and p.parent.name == "d" and p.stat().st_size > 60)
+    return sorted(
+        p for p in (folder / item).rglob("*") if p.is_file() and p.parent.name == "d" and p.stat().st_size > 60
+    )
 
 
 def truncate(folder):

@@ -1,6 +1,5 @@
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ def section(**changes):
 
 
 def rates(steps: int, **changes) -> np.ndarray:
-    return np.asarray(jax.vmap(optim.schedule(section(**changes), steps))(jnp.arange(steps)))
+    rate = optim.schedule(section(**changes), steps)
+    return np.array([rate(update) for update in range(steps)])
 
 
 def test_cosine_rises_peaks_and_ends_where_it_says():
@@ -45,20 +45,20 @@ def test_constant_and_no_warmup():
 
 def test_one_update_is_adamw_by_hand():
     """Loshchilov & Hutter, algorithm 2, first step: m / (1 - b1) = g and v / (1 - b2) = g^2."""
-    conf = section(lr=0.1, schedule="constant", warmup=0.0, weight_decay=0.5, clip=0.0, eps=1e-8)
+    conf = section(weight_decay=0.5, clip=0.0, eps=1e-8)
     params = {"w": jnp.array([1.0, -2.0]), "gain": jnp.array([3.0])}
     grads = {"w": jnp.array([0.3, 0.4]), "gain": jnp.array([-5.0])}
-    tx = optim.optimizer(conf, 10, {"w": True, "gain": False})
+    tx = optim.optimizer(conf, {"w": True, "gain": False})
     updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates["w"], [-0.1 * (1 + 0.5), -0.1 * (1 - 1.0)], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(updates["gain"], [0.1], rtol=1e-5)
+    np.testing.assert_allclose(updates["w"], [1 + 0.5, 1 - 1.0], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(updates["gain"], [-1], rtol=1e-5)
 
 
 def test_clipping_is_by_the_global_norm():
-    conf = section(lr=1.0, schedule="constant", warmup=0.0, weight_decay=0.0, clip=1.0, eps=1e3)
+    conf = section(weight_decay=0.0, clip=1.0, eps=1e3)
     grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
-    tx = optim.optimizer(conf, 10, {"a": False, "b": False})
+    tx = optim.optimizer(conf, {"a": False, "b": False})
     updates, _ = tx.update(grads, tx.init(grads), grads)
-    # With so large an eps the update is proportional to the clipped gradient.
-    assert float(updates["b"][0] / updates["a"][0]) == pytest.approx(4 / 3, rel=1e-3)
-    assert float(updates["a"][0]) == pytest.approx(-0.6 / 1000, rel=2e-3)
+    # With so large an eps the update is the clipped gradient over eps.
+    assert float(updates["a"][0]) == pytest.approx(0.6 / 1000, rel=2e-3)
+    assert float(updates["b"][0]) == pytest.approx(0.8 / 1000, rel=2e-3)

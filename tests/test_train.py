@@ -153,7 +153,7 @@ def test_accumulation_changes_rounding_only(corpus):
     for parts in (1, 2, 4):
         trainer, rows = trainer_and_rows(corpus, train__accum_steps=parts, train__z_loss=1e-2, optim__lr=1e-3)
         with jax.default_matmul_precision("highest"):
-            state, metrics = trainer.step(trainer.initial_state(), rows)
+            state, metrics = trainer.step(trainer.initial_state(), rows, 1e-3)
         results.append((jax.device_get(state.params), float(metrics["loss"]), float(metrics["grad_norm"])))
     for params, loss, norm in results[1:]:
         assert loss == pytest.approx(results[0][1], rel=1e-6)
@@ -164,8 +164,8 @@ def test_accumulation_changes_rounding_only(corpus):
 def test_loss_is_nll_alone_and_z_loss_enters_the_gradient(corpus):
     plain, rows = trainer_and_rows(corpus)
     with_z, _ = trainer_and_rows(corpus, train__z_loss=1.0)
-    _, a = plain.step(plain.initial_state(), rows)
-    _, b = with_z.step(with_z.initial_state(), rows)
+    _, a = plain.step(plain.initial_state(), rows, 1e-3)
+    _, b = with_z.step(with_z.initial_state(), rows, 1e-3)
     assert float(a["loss"]) == float(b["loss"])
     assert float(b["grad_norm"]) > 1.5 * float(a["grad_norm"])
 
@@ -176,7 +176,7 @@ def test_gradient_is_that_of_the_mean_nll_by_finite_differences(corpus):
     with jax.default_matmul_precision("highest"):
         mean = lambda p: jnp.mean(trainer.nll(p, rows))  # noqa: E731
         grads = jax.grad(mean)(params)
-        _, metrics = trainer.step(trainer.initial_state(), rows)
+        _, metrics = trainer.step(trainer.initial_state(), rows, 1e-3)
         norm = math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
         direction = jax.tree.map(lambda g: g / norm, grads)

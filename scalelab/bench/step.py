@@ -16,6 +16,7 @@ import tempfile
 import time
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -57,9 +58,10 @@ def one_bare(conf, corpus: data.Corpus, trainer: train.Trainer, steps: int) -> f
     state = trainer.initial_state()
     rows = sharding.put_rows(next(corpus.stream(conf.data_seed, 0)), trainer.mesh)
     jax.block_until_ready((state, rows))
+    rate = np.float32(conf.optim.lr)
     began = time.perf_counter()
     for _ in range(steps):
-        state, _ = trainer.step(state, rows)
+        state, _ = trainer.step(state, rows, rate)
     jax.block_until_ready(state)
     return time.perf_counter() - began
 
