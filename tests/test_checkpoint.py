@@ -77,9 +77,9 @@ def test_a_flipped_bit_changes_the_checksum_wherever_it_is():
 
 
 def files(folder, item):
-    return sorted(
-        p for p in (folder / item).rglob("*") if p.is_file() and p.parent.name == "d" and p.stat().st_size > 60
-    )
+    """The files that hold the arrays' bytes."""
+    found = (folder / item).rglob("d/*")
+    return sorted(path for path in found if path.is_file() and path.stat().st_size > 60)
 
 
 def truncate(folder):

@@ -117,7 +117,7 @@ def test_users_file_with_a_field_of_its_own_or_one_missing(tmp_path):
     with pytest.raises(BadInput, match="line 4: ZeroDivisionError"):
         config.load(str(path))
     path.write_text("def get_config(:")
-    with pytest.raises(BadInput, match="does not run: SyntaxError"):
+    with pytest.raises(BadInput, match="does not run: line 1: SyntaxError"):
         config.load(str(path))
     path.write_text("x = 1")
     with pytest.raises(BadInput, match="must define get_config"):

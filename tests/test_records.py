@@ -89,8 +89,9 @@ def test_write_atomically_keeps_the_old_file_when_writing_fails(tmp_path, monkey
 
 def test_the_lock_is_held_across_processes_and_dropped_with_the_process(tmp_path):
     code = (
-        "import pathlib, sys, time\nfrom scalelab import records\n"
-        f"with records.run_lock(pathlib.Path({str(tmp_path / 'a')!r})):\n    print('locked', flush=True)\n    time.sleep(60)"
+        "import pathlib, time\nfrom scalelab import records\n"
+        f"with records.run_lock(pathlib.Path({str(tmp_path / 'a')!r})):\n"
+        "    print('locked', flush=True)\n    time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"locked\n"
