@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from jaxtyping import Int64
 
-from scalelab.data import synthetic, text, tokenizers
+from scalelab.data import shards, synthetic, text, tokenizers
 from scalelab.data.stream import HeldOut, TokenSource, Windows, held_out_windows
 from scalelab.errors import BadInput
 
@@ -253,6 +253,8 @@ def open(config_data: Any) -> Corpus:
         if source.kind == "text":
             assert tokenizer is not None
             sources[name] = _Text(text.tokenize(texts[name], held, tokenizer, _path_field(name)), name, seq_len)
+        elif source.kind == "tokens":
+            sources[name] = _Text(shards.read(source.path, _path_field(name)), name, seq_len)
         else:
             sources[name] = synthetic.Synthetic(source.path, seq_len, _path_field(name))
     _check_same_tokenizer(sources)
@@ -290,6 +292,8 @@ def fingerprint(config_data: Any) -> dict[str, str]:
         if source.kind == "text":
             assert tokenizer is not None
             content[name] = text.content(text.read(source.path, _path_field(name)), tokenizer)
+        elif source.kind == "tokens":
+            content[name] = shards.manifest(source.path, _path_field(name))["content"]
         else:
             content[name] = synthetic.content(source.path, _path_field(name))
     return content

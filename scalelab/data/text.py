@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import mmap
 import os
 import pathlib
 import sysconfig
@@ -75,8 +76,8 @@ def read(path: str, field: str) -> Documents:
         raise BadInput(field, path, "this Python has no standard library as files; name a text file or folder")
     if not os.path.exists(root):
         raise BadInput(field, path, "no such file or folder")
-    texts, files, skipped = [], 0, 0
-    for file in _standard_library(root) if embedded else _files(root, field):
+    texts, count, skipped = [], 0, 0
+    for file in _standard_library(root) if embedded else files(root, field):
         try:
             content = file.read_bytes()
             content.decode()
@@ -88,16 +89,16 @@ def read(path: str, field: str) -> Documents:
             continue
         except OSError as error:
             raise BadInput(field, path, f"can't read {file}: {error.strerror}") from None
-        files += 1
+        count += 1
         if content:
             texts.append(content)
     if not texts:
-        raise BadInput(field, path, "holds no text" + ("" if files else "; no file that is not hidden"))
-    if files < FEW_FILES:
-        size = min(PIECE, max(1024, sum(map(len, texts)) // FEW_FILES))
-        texts = [piece for text in texts for piece in _pieces(text, size)]
+        raise BadInput(field, path, "holds no text" + ("" if count else "; no file that is not hidden"))
+    if count < FEW_FILES:
+        size = piece_size(sum(map(len, texts)))
+        texts = [piece for text in texts for piece in pieces(text, size)]
     keyed = sorted(((hashlib.sha256(text).digest(), text) for text in texts), key=lambda pair: pair[0])
-    return Documents([text for _, text in keyed], [digest for digest, _ in keyed], files, skipped)
+    return Documents([text for _, text in keyed], [digest for digest, _ in keyed], count, skipped)
 
 
 def _standard_library(root: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -108,7 +109,7 @@ def _standard_library(root: pathlib.Path) -> Iterator[pathlib.Path]:
                 yield pathlib.Path(folder, name)
 
 
-def _files(root: pathlib.Path, field: str) -> Iterator[pathlib.Path]:
+def files(root: pathlib.Path, field: str) -> Iterator[pathlib.Path]:
     """The file itself, or all files below a folder, hidden ones and hidden folders out."""
     if not root.is_dir():
         yield root
@@ -124,7 +125,12 @@ def _files(root: pathlib.Path, field: str) -> Iterator[pathlib.Path]:
                 yield file
 
 
-def _pieces(text: bytes, size: int) -> Iterator[bytes]:
+def piece_size(total: int) -> int:
+    """Bytes of the pieces that a corpus of few files, of so many bytes together, is cut into."""
+    return min(PIECE, max(1024, total // FEW_FILES))
+
+
+def pieces(text: bytes | mmap.mmap, size: int) -> Iterator[bytes]:
     """Cuts at the last line end within `size` bytes; inside a longer line, between two characters."""
     start = 0
     while start < len(text):

@@ -68,7 +68,7 @@ def test_hidden_and_empty_files_are_no_documents(tmp_path):
     "content", ["line of words\n" * 20000, "漢字" * 50000, "\n" * 70000, "a" * 3000 + "\n" + "b" * 200000]
 )
 def test_few_files_are_cut_in_pieces_that_lose_nothing(content):
-    pieces = list(text._pieces(content.encode(), 16384))
+    pieces = list(text.pieces(content.encode(), 16384))
     assert b"".join(pieces) == content.encode()
     assert all(piece.decode() for piece in pieces)
     assert max(map(len, pieces)) <= 16384 + 3
