@@ -27,7 +27,7 @@ from scalelab.data import inputs, shards, text, tokenizers
 from scalelab.errors import BadInput
 
 PART_BYTES = 2**25
-SAMPLE_BYTES = 2**28  # of text that a BPE is trained on
+SAMPLE_BYTES = 2**26  # of text that a BPE is trained on
 
 # One per document. `digest`: the first 16 bytes of the SHA-256 of its text.
 _DOCUMENT = np.dtype([("digest", "<u8", 2), ("tokens", "<i8"), ("bytes", "<i8")])

@@ -83,11 +83,11 @@ def test_every_document_is_written_once_split_by_hash(tmp_path, tokenizer):
 
 def test_the_output_depends_on_documents_and_seed_alone(tmp_path):
     one = write_jsonl(tmp_path / "one.jsonl", corpus())
-    build([one], tmp_path / "a", shard_tokens=20000, tokenizer="bpe:300")
-    build([one], tmp_path / "b", shard_tokens=20000, tokenizer="bpe:300", part_bytes=1000)
+    build([one], tmp_path / "a", shard_tokens=10000, tokenizer="bpe:300")
+    build([one], tmp_path / "b", shard_tokens=10000, tokenizer="bpe:300", part_bytes=1000)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert len([name for name in tree(tmp_path / "a") if name.startswith("train")]) > 3
-    build([one], tmp_path / "c", shard_tokens=20000, tokenizer="bpe:300", seed=1)
+    build([one], tmp_path / "c", shard_tokens=10000, tokenizer="bpe:300", seed=1)
     assert documents_of(tmp_path / "a", "held_out") == documents_of(tmp_path / "c", "held_out")
     assert documents_of(tmp_path / "a", "train") != documents_of(tmp_path / "c", "train")
 

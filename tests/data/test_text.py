@@ -1,6 +1,7 @@
 """Reading text: the embedded corpus, the user's files, and what is wrong with them."""
 
 import os
+import pathlib
 import sysconfig
 
 import numpy as np
@@ -104,12 +105,15 @@ def test_bad_text_is_one_line_that_names_the_field(tmp_path, make, message, sett
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_unreadable_file(tmp_path, settings):
+def test_unreadable_file(tmp_path, settings, monkeypatch):
     path = tmp_path / "secret.txt"
     path.write_text("text")
-    path.chmod(0)
-    with pytest.raises(BadInput, match=r"can't read .*secret.txt: Permission denied"):
+
+    def refuse(self):  # root reads whatever the mode says
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+    with pytest.raises(BadInput, match=r"sources.a.path = .*can't read .*secret.txt: Permission denied"):
         data.open(settings({"a": path}))
 
 
