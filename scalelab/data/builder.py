@@ -141,11 +141,15 @@ def _plan_hash(plan: dict[str, Any]) -> str:
 def _write(work: pathlib.Path, file: pathlib.Path, content: bytes) -> None:
     """The file whole or not at all: what a killed build leaves of it stays in the work folder."""
     temporary = work / "unfinished"
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        remedy = f"can't be written ({error.strerror}); then give the command again: it continues"
+        raise BadInput("data build --out", str(file), remedy) from None
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -1,4 +1,6 @@
-"""The `text` source: UTF-8 files as documents. Path "" is the embedded corpus, Python's own standard library.
+"""The `text` source: UTF-8 files as documents, held in memory (for more text than that, build shards).
+
+Path "" is the embedded corpus, Python's own standard library.
 
 A document is a file. A corpus of fewer than `FEW_FILES` files is cut, at line ends, into pieces that act as documents
 (at most `PIECE` bytes, less where the corpus is small), so that even one file has a held-out part.

@@ -141,6 +141,34 @@ def test_a_data_set_saved_on_disk(tmp_path):
         build([tmp_path / "saved"], tmp_path / "d")
 
 
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"text": corpus()})
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **named: asked.append((args, named)) or dataset)
+    manifest = build(["hf:owner/name", "hf:owner/name:validation"], tmp_path / "out")
+    assert manifest["documents"] == 2 * 330
+    assert {(args[0], named["split"]) for args, named in asked} == {
+        ("owner/name", "train"),
+        ("owner/name", "validation"),
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **named: {}["offline"])
+    with pytest.raises(BadInput, match=r"INPUT = 'hf:owner/name': can't be loaded \(KeyError"):
+        build(["hf:owner/name"], tmp_path / "out2")
+
+
+def test_the_tokenizer_is_trained_on_training_documents_only(tmp_path, monkeypatch):
+    seen = []
+    train = tokenizers.train_bpe
+    monkeypatch.setattr(tokenizers, "train_bpe", lambda texts, size: seen.extend(texts) or train(texts, size))
+    build([write_jsonl(tmp_path / "a.jsonl", corpus())], tmp_path / "out", tokenizer="bpe:300")
+    assert sorted(seen) == sorted(documents_of(tmp_path / "out", "train"))
+    seen.clear()
+    monkeypatch.setattr(builder, "SAMPLE_BYTES", 20000)
+    build([write_jsonl(tmp_path / "a.jsonl", corpus())], tmp_path / "less", tokenizer="bpe:300")
+    assert 15000 < sum(len(document.encode()) for document in seen) <= 20000
+
+
 def test_missing_packages_say_which_extra_brings_them(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -304,6 +332,22 @@ def test_kill_9_at_any_moment_then_the_same_command(tmp_path, kills):
     assert killed > 0
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_the_build_continues(tmp_path, monkeypatch):
+    one = write_jsonl(tmp_path / "a.jsonl", corpus())
+    build([one], tmp_path / "whole")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        replace = os.replace
+        patch.setattr(os, "replace", lambda a, b: (full if pathlib.Path(b).suffix == ".bin" else replace)(a, b))
+        with pytest.raises(BadInput, match=r"--out = .*can't be written \(No space left on device\)"):
+            build([one], tmp_path / "out")
+    build([one], tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 # ------------------------------------------------------------------------------------------------ as a source
