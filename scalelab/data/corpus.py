@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from jaxtyping import Int64
 
-from scalelab.data import synthetic, text, tokenizers
+from scalelab.data import shards, synthetic, text, tokenizers
 from scalelab.data.stream import HeldOut, TokenSource, Windows, held_out_windows
 from scalelab.errors import BadInput
 
@@ -117,7 +118,8 @@ class Mixture:
     @classmethod
     def of(cls, weights: list[float]) -> Mixture:
         left = np.cumsum(weights[::-1])[::-1]
-        return cls(tuple(max(1, round(w / rest * 2**24)) for w, rest in zip(weights, left, strict=True)))
+        shares = (round(w / rest * 2**24) for w, rest in zip(weights, left, strict=True))
+        return cls(tuple(min(max(share, 1), 2**24 - 1) for share in shares))
 
     def locate(self, g: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
         """(source, index within the source) of each row."""
@@ -130,6 +132,10 @@ class Mixture:
             index = np.where(mine, before, np.where(open_, index - before, index))
             open_ &= ~mine
         return source, index
+
+
+# Batches that a thread reads before it is handed the next: handing over costs about as much as a small batch.
+_AT_ONCE = 4
 
 
 class _Steps:
@@ -214,16 +220,18 @@ class Corpus:
         It is a generator: `close()` it, or wrap it in `contextlib.closing`.
         """
         batches: Any = self.batches(seed, host, hosts)
+
+        def read(step: int) -> list[np.ndarray]:
+            return [batches[step + i] for i in range(_AT_ONCE)]
+
         pool = concurrent.futures.ThreadPoolExecutor(self.threads, thread_name_prefix="data")
         try:
-            ahead = 2 * self.threads
-            queue = collections.deque(pool.submit(batches.__getitem__, start + i) for i in range(ahead))
-            step = start + ahead
+            steps = itertools.count(start, _AT_ONCE)
+            queue = collections.deque(pool.submit(read, step) for step in itertools.islice(steps, 1 + self.threads))
             while True:
-                batch = queue.popleft().result()
-                queue.append(pool.submit(batches.__getitem__, step))
-                step += 1
-                yield batch
+                ready = queue.popleft().result()
+                queue.append(pool.submit(read, next(steps)))
+                yield from ready
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -253,6 +261,8 @@ def open(config_data: Any) -> Corpus:
         if source.kind == "text":
             assert tokenizer is not None
             sources[name] = _Text(text.tokenize(texts[name], held, tokenizer, _path_field(name)), name, seq_len)
+        elif source.kind == "tokens":
+            sources[name] = _Text(shards.read(source.path, _path_field(name)), name, seq_len)
         else:
             sources[name] = synthetic.Synthetic(source.path, seq_len, _path_field(name))
     _check_same_tokenizer(sources)
@@ -290,6 +300,8 @@ def fingerprint(config_data: Any) -> dict[str, str]:
         if source.kind == "text":
             assert tokenizer is not None
             content[name] = text.content(text.read(source.path, _path_field(name)), tokenizer)
+        elif source.kind == "tokens":
+            content[name] = shards.manifest(source.path, _path_field(name))["content"]
         else:
             content[name] = synthetic.content(source.path, _path_field(name))
     return content

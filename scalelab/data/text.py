@@ -1,4 +1,6 @@
-"""The `text` source: UTF-8 files as documents. Path "" is the embedded corpus, Python's own standard library.
+"""The `text` source: UTF-8 files as documents, held in memory (for more text than that, build shards).
+
+Path "" is the embedded corpus, Python's own standard library.
 
 A document is a file. A corpus of fewer than `FEW_FILES` files is cut, at line ends, into pieces that act as documents
 (at most `PIECE` bytes, less where the corpus is small), so that even one file has a held-out part.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import mmap
 import os
 import pathlib
 import sysconfig
@@ -75,8 +78,8 @@ def read(path: str, field: str) -> Documents:
         raise BadInput(field, path, "this Python has no standard library as files; name a text file or folder")
     if not os.path.exists(root):
         raise BadInput(field, path, "no such file or folder")
-    texts, files, skipped = [], 0, 0
-    for file in _standard_library(root) if embedded else _files(root, field):
+    texts, count, skipped = [], 0, 0
+    for file in _standard_library(root) if embedded else files(root, field):
         try:
             content = file.read_bytes()
             content.decode()
@@ -88,16 +91,16 @@ def read(path: str, field: str) -> Documents:
             continue
         except OSError as error:
             raise BadInput(field, path, f"can't read {file}: {error.strerror}") from None
-        files += 1
+        count += 1
         if content:
             texts.append(content)
     if not texts:
-        raise BadInput(field, path, "holds no text" + ("" if files else "; no file that is not hidden"))
-    if files < FEW_FILES:
-        size = min(PIECE, max(1024, sum(map(len, texts)) // FEW_FILES))
-        texts = [piece for text in texts for piece in _pieces(text, size)]
+        raise BadInput(field, path, "holds no text" + ("" if count else "; no file that is not hidden"))
+    if count < FEW_FILES:
+        size = piece_size(sum(map(len, texts)))
+        texts = [piece for text in texts for piece in pieces(text, size)]
     keyed = sorted(((hashlib.sha256(text).digest(), text) for text in texts), key=lambda pair: pair[0])
-    return Documents([text for _, text in keyed], [digest for digest, _ in keyed], files, skipped)
+    return Documents([text for _, text in keyed], [digest for digest, _ in keyed], count, skipped)
 
 
 def _standard_library(root: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -108,7 +111,7 @@ def _standard_library(root: pathlib.Path) -> Iterator[pathlib.Path]:
                 yield pathlib.Path(folder, name)
 
 
-def _files(root: pathlib.Path, field: str) -> Iterator[pathlib.Path]:
+def files(root: pathlib.Path, field: str) -> Iterator[pathlib.Path]:
     """The file itself, or all files below a folder, hidden ones and hidden folders out."""
     if not root.is_dir():
         yield root
@@ -124,7 +127,12 @@ def _files(root: pathlib.Path, field: str) -> Iterator[pathlib.Path]:
                 yield file
 
 
-def _pieces(text: bytes, size: int) -> Iterator[bytes]:
+def piece_size(total: int) -> int:
+    """Bytes of the pieces that a corpus of few files, of so many bytes together, is cut into."""
+    return min(PIECE, max(1024, total // FEW_FILES))
+
+
+def pieces(text: bytes | mmap.mmap, size: int) -> Iterator[bytes]:
     """Cuts at the last line end within `size` bytes; inside a longer line, between two characters."""
     start = 0
     while start < len(text):

@@ -86,6 +86,22 @@ class HuggingFace:
         return encoded
 
 
+def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    """The tokenizer.json of a byte-level BPE with GPT-2's pre-tokenization: encodes any text, and gives it back.
+
+    vocab_size counts `bos`: 256 bytes, bos, and at most vocab_size - 257 merges.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    return bpe.to_str()
+
+
 def dtype_for(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     """The narrowest type that tokens are stored in."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32

@@ -1,8 +1,17 @@
 """Batches are a pure function of (seed, step); held-out documents are never trained on, and scored once."""
 
 import contextlib
+import dataclasses
+import gc
+import hashlib
+import json
+import os
+import subprocess
+import sys
 import threading
 
+import absl.flags
+import grain
 import numpy as np
 import pytest
 
@@ -46,6 +55,17 @@ def test_a_batch_depends_on_seed_and_step_alone(folder, settings):
     assert later.dtype == np.int32
     assert later.shape == (8, 65)
     assert not np.array_equal(corpus.batches(seed=4)[2], sooner)
+
+
+def test_batches_never_change(tmp_path, settings):
+    """Ids of runs stand on the content alone: the order of a text's batches stays what it is."""
+    (tmp_path / "a.txt").write_text("".join(f"{i} {i * i % 97}\n" for i in range(5000)))
+    corpus = data.open(settings({"a": tmp_path / "a.txt"}, seq_len=64, batch_size=8))
+    batches = corpus.batches(seed=7)
+    assert isinstance(batches, grain.MapDataset)
+    digest = hashlib.sha256(b"".join(batches[step].astype("<i4").tobytes() for step in (0, 1, 500)))
+    assert digest.hexdigest()[:16] == "f6a06009a9307a5c"
+    assert corpus.content["a"][:16] == "de8982258cfc4198"
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -162,6 +182,8 @@ def test_mixture_is_exact_far_out_and_in_any_order():
         one, at = mixture.locate(far[i : i + 1])
         assert (one[0], at[0]) == (number[i], index[i])
     assert index[number == 0][-1] == pytest.approx(10**10 * 2 / 7, rel=1e-6)
+    number, _ = mixture.locate(np.arange(2**25))
+    assert set(number) == {0, 1, 2}  # the least weight is served too
 
 
 def test_a_copy_in_another_source_is_held_out_there_too(folder, tmp_path, settings, held_texts):
@@ -197,3 +219,66 @@ def test_seq_len_longer_than_the_text_is_refused(tmp_path, settings):
     short.write_text("x")
     with pytest.raises(BadInput, match=r"config.data.sources.short.path = 1: is too small for a held-out document"):
         data.open(settings({"short": short}, seq_len=4))
+
+
+def test_reads_where_absl_flags_are_not_parsed(folder, settings):
+    assert not absl.flags.FLAGS.is_parsed()  # as in a notebook
+    corpus = data.open(settings({"a": folder}, seq_len=64, batch_size=4))
+    with contextlib.closing(corpus.stream(0, start=0)) as stream:
+        assert next(stream).shape == (4, 65)
+
+
+def test_a_stream_that_is_dropped_or_fails_leaves_no_thread(folder, settings):
+    before = threading.active_count()
+    corpus = data.open(settings({"a": folder}, seq_len=64, batch_size=4))
+    stream = corpus.stream(0, start=0)
+    next(stream)
+    del stream
+    gc.collect()
+    assert threading.active_count() == before
+    broken = dataclasses.replace(corpus, sources={"a": None})
+    with pytest.raises(AttributeError):
+        next(broken.stream(0, start=0))
+    assert threading.active_count() == before
+
+
+def test_the_description_is_json(folder, settings):
+    sources = {"a": {"kind": "text", "path": str(folder), "weight": 2.0}}
+    description = data.open(settings(sources)).description
+    assert json.loads(json.dumps(description, allow_nan=False)) == description
+    a = description["sources"]["a"]
+    assert (a["kind"], a["weight"], a["documents"], a["files"], a["skipped_files"]) == ("text", 1.0, 220, 220, 0)
+    assert a["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert a["content"] == data.fingerprint(settings(sources))["a"]
+
+
+def test_fingerprint_imports_neither_jax_nor_grain():
+    script = """if True:
+        import sys
+        from scalelab import config, data
+        corpus = data.open(config.base().data)
+        assert data.fingerprint(config.base().data) == corpus.content
+        corpus.held_out()
+        heavy = {"jax", "grain", "pandas", "scipy", "tokenizers", "pyarrow", "datasets"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"sources": {"a": {"kind": "web", "path": "", "weight": 1.0}}},
+            r"sources.a.kind = 'web': must be one of text",
+        ),
+        ({"sources": {"a": {"kind": "text", "path": "", "weight": 0.0}}}, r"sources.a.weight = 0.0: must be above 0"),
+        ({"sources": {}}, r"sources = {}: needs at least one source"),
+        ({"threads": 0}, r"threads = 0: must be at least 1"),
+        ({"held_out_tokens": 0}, r"held_out_tokens = 0: must be at least 1"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, fields, message):
+    with pytest.raises(BadInput, match=rf"config\.data\.{message}"):
+        data.open(settings(**fields))
