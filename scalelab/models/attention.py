@@ -184,11 +184,18 @@ def attend(
 ) -> Float[Array, "B T H d"]:
     """softmax(cap(q k^T / sqrt(d)), masked) v; scores and softmax in float32. Every query must see a key.
 
-    The full square of scores is computed and kept: 4 H d K FLOPs per query.
+    The full square of scores is computed and kept: 4 H d K FLOPs per query. In the form that XLA's CPU backend runs
+    about twice as fast as the obvious einsums: one batch axis in front, division by the sum after the product with v.
     """
-    B, T, H, d = q.shape
-    q = q.reshape(B, T, k.shape[2], H // k.shape[2], d)
-    scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, preferred_element_type=jnp.float32) * d**-0.5
-    scores = jnp.where(mask[:, None, None], soft_cap(scores, cap), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrts,bsgd->btgrd", weights, v).reshape(B, T, H, d)
+    (B, T, H, d), (K, Hk) = q.shape, k.shape[1:3]
+    q = q.reshape(B, T, Hk, H // Hk, d).transpose(0, 2, 3, 1, 4).reshape(B * Hk, -1, d)
+    k, v = (a.transpose(0, 2, 1, 3).reshape(B * Hk, K, d) for a in (k, v))
+    scores = jnp.einsum("btd,bsd->bts", q, k, preferred_element_type=jnp.float32).reshape(B, H, T, K)
+    # The mask is added and not selected: the backward pass then keeps no array of its size.
+    hidden = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min / 2)[:, None]
+    scores = soft_cap(scores * d**-0.5, cap) + hidden
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype).reshape(B * Hk, -1, K)
+    y = jnp.einsum("bts,bsd->btd", weights, v, preferred_element_type=jnp.float32).reshape(B, H, T, d) / total
+    return y.transpose(0, 2, 1, 3).astype(v.dtype)
