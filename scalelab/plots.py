@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullLocator
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 
 
-def new_axes(ax: Axes | None = None, size: tuple[float, float] = (6.4, 4.2)) -> Axes:
+def new_axes(ax: Axes | None = None, size: tuple[float, float] = (5.8, 4.0)) -> Axes:
     """The axes given, or those of a new figure, in the house style."""
     if ax is None:
         ax = Figure(figsize=size, layout="constrained").add_subplot()
@@ -141,7 +141,7 @@ def surface(
         N, D, c=loss, cmap="viridis_r", norm=LogNorm(low, high), s=34, edgecolors="black", linewidths=0.6, zorder=4
     )
     compute = fit.rows.compute
-    budgets = np.geomspace(compute.min() / 3, compute.max() * 3, 40)
+    budgets = np.geomspace(compute.min() / 3, compute.max() * 3, 20)
     best = fit.optimal(budgets, flops_per_param_token)
     ax.plot(best["params"], best["tokens"], color=COLOURS[1], linewidth=2, label="compute-optimal", zorder=3)
     if best["params_lower"].notna().all():
@@ -196,10 +196,10 @@ def allocation(
     Draws into two axes. Beyond the largest budget measured the background is shaded: extrapolation.
     """
     if ax is None:
-        ax = list(Figure(figsize=(9.6, 4.2), layout="constrained").subplots(1, 2))
+        ax = list(Figure(figsize=(9.0, 3.9), layout="constrained").subplots(1, 2))
     for a in ax:
         new_axes(a)
-    C = np.geomspace(min(flops), max(flops), 60)
+    C = np.geomspace(min(flops), max(flops), 25)
     largest = 0.0
     for i, (name, fit) in enumerate(fits.items()):
         colour = COLOURS[i % len(COLOURS)]
@@ -272,7 +272,7 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
     ax.plot(span, span, color="black", linewidth=0.8, label="perfect")
     ax.set(xlabel="measured loss (nats per token)", ylabel="predicted loss")
     ax.set_title(
-        f"fitted to {held.fitted} smaller runs, {held.held_out} predicted, {held.distance:.1f} decades of compute further",
+        f"fitted to {held.fitted} runs, {held.held_out} predicted, {held.distance:.1f} decades of compute further",
         fontsize="small",
         color=GREY,
     )
@@ -309,7 +309,7 @@ def _human_log(ax: Axes, which: str) -> None:
     low, high = getattr(ax, f"get_{which}lim")()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda v, _: human(v)))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def _plain_log(ax: Axes, which: str) -> None:
@@ -322,4 +322,4 @@ def _plain_log(ax: Axes, which: str) -> None:
     subs = (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(subs=subs, numticks=15))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
