@@ -142,8 +142,10 @@ def headline(table: pd.DataFrame, fits: Mapping[str, Fit], isoflop: IsoflopFit |
             f"<b>No answer:</b> the {_text(name)} fit must not be used ({_text(codes)}); see the findings below."
         )
     else:
-        best = fit.optimal([largest, FURTHER * largest], cost_of(table))
-        for row, words in zip(best.itertuples(), ("At the largest budget", f"{FURTHER:g} times further"), strict=True):
+        best: Any = fit.optimal([largest, FURTHER * largest], cost_of(table))
+        for (_, row), words in zip(
+            best.iterrows(), ("At the largest budget", f"{FURTHER:g} times further"), strict=True
+        ):
             lines.append(f"{words}, C = {_sci(row.flops)} FLOP: {_advice(row)}.")
         held = fit.holdout()
         lines.append(
@@ -219,9 +221,9 @@ def _figures(table, curves, fits, isoflop, cost) -> list[str]:
     wide = []
     both = {n: f for n, f in _all(fits, isoflop).items() if f.ok}
     if both:
-        compute = [float(f.rows.compute.max()) for f in fits.values()] or [float(isoflop.vertices["flops"].max())]
-        low = [float(f.rows.compute.min()) for f in fits.values()] or [float(isoflop.vertices["flops"].min())]
-        axes = plots.allocation(both, (min(low), FURTHER * max(compute)), None, cost)
+        compute = [c for f in fits.values() for c in f.rows.compute]
+        compute += [] if isoflop is None else isoflop.vertices["flops"].tolist()
+        axes = plots.allocation(both, (min(compute), FURTHER * max(compute)), None, cost)
         wide.append(_figure(axes[0].figure, "Compute-optimal parameters and tokens against compute."))
     for name, fit in fits.items():
         if fit.holdout().ok:
@@ -242,7 +244,7 @@ def _holdouts(fits: Mapping[str, Fit]) -> list[str]:
             f"<p>{_text(name)}: fitted to the {held.fitted} runs below C = {_sci(held.cut)} FLOP, "
             f"{held.held_out} larger ones predicted. Relative errors, beside what needs no law:</p>"
         )
-        rows = [(n, f"{r.mean_abs:.2%}", f"{r.bias:+.2%}", f"{r.worst:.2%}") for n, r in held.errors.iterrows()]
+        rows = [(str(n), f"{r.mean_abs:.2%}", f"{r.bias:+.2%}", f"{r.worst:.2%}") for n, r in held.errors.iterrows()]
         parts.append(_html_table(("", "mean", "bias", "worst"), rows))
     return parts
 
@@ -353,17 +355,18 @@ def optima(fit: Fit, cost: Any) -> list[tuple[str, ...]]:
     """What to train at the largest budget and `FURTHER` times beyond, with intervals."""
     largest = float(fit.rows.compute.max())
     rows = []
-    for row in fit.optimal([largest, FURTHER * largest], cost).itertuples():
-        if np.isfinite(row.params):  # type: ignore[attr-defined]
+    best: Any = fit.optimal([largest, FURTHER * largest], cost)
+    for _, row in best.iterrows():
+        if np.isfinite(row.params):
             shown = (
                 _range(row, "params"),
                 _range(row, "tokens"),
                 f"{row.tokens / row.params:.3g}",
                 _range(row, "loss"),
-            )  # type: ignore[attr-defined]
+            )
         else:
             shown = ("no interior optimum", "—", "—", "—")
-        rows.append((_sci(row.flops), *shown))  # type: ignore[attr-defined]
+        rows.append((_sci(row.flops), *shown))
     return rows
 
 
@@ -383,7 +386,7 @@ def _all(fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> dict[str, Any]:
     return dict(fits) | ({} if isoflop is None else {"IsoFLOP": isoflop})
 
 
-def _done(table: pd.DataFrame) -> pd.DataFrame:
+def _done(table: pd.DataFrame) -> Any:
     return table[table["status"] == "done"] if "status" in table else table
 
 

@@ -16,6 +16,7 @@ from planted import best_size, curves, sweep
 
 from scalelab import laws, report
 from scalelab.errors import BadInput
+from scalelab.plots import human
 
 
 class Checker(html.parser.HTMLParser):
@@ -76,8 +77,7 @@ def test_self_contained_and_well_formed(page):
 
 def test_every_section_is_there(page, world):
     for heading in ("Fitted laws", "Figures", "Hold-out check", "Findings", "Runs", "How it was fitted"):
-        assert f"<h2" in page
-        assert heading in page
+        assert re.search(f"<h2[^>]*>{heading}</h2>", page)
     assert page.count("<figure>") == 6
     assert "Sweep &lt;one&gt;" in page
     assert "Trained &amp; done." in page
@@ -99,8 +99,6 @@ def test_the_headline_is_the_optimum_with_intervals(world):
     for row in best.itertuples():
         for name in ("params", "tokens"):
             low, high = getattr(row, f"{name}_lower"), getattr(row, f"{name}_upper")
-            from scalelab.plots import human
-
             assert f"{human(getattr(row, name))} [{human(low)}, {human(high)}]" in text
     assert "C = 1e+20" in text
     assert "IsoFLOP parabolas (3 of 3 budgets)" in text
