@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullLocator
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 
 
-def new_axes(ax: Axes | None = None, size: tuple[float, float] = (6.4, 4.2)) -> Axes:
+def new_axes(ax: Axes | None = None, size: tuple[float, float] = (5.8, 4.0)) -> Axes:
     """The axes given, or those of a new figure, in the house style."""
     if ax is None:
         ax = Figure(figsize=size, layout="constrained").add_subplot()
@@ -57,9 +58,10 @@ def loss_curves(curves: pd.DataFrame, table: pd.DataFrame, ax: Axes | None = Non
     dashed.
     """
     ax = new_axes(ax)
-    sizes = table.set_index("id")["params"]
-    status = table.set_index("id")["status"] if "status" in table else None
+    sizes: Any = table.set_index("id")["params"]
+    status: Any = table.set_index("id")["status"] if "status" in table else None
     shade = _shades(sizes[sizes > 0])
+    run: Any
     for name, run in curves.groupby("id", sort=False):
         run = run[(run["flops"] > 0) & np.isfinite(run["loss"])].sort_values("flops")
         if run.empty or name not in sizes.index:
@@ -95,8 +97,8 @@ def isoflop(table: pd.DataFrame, fit: IsoflopFit, ax: Axes | None = None) -> Axe
         ax.errorbar(
             mine["params"], mine["loss"], yerr=error, fmt=marker, color=colour, markersize=5, linewidth=1, label=label
         )
-        if fit.curves[i] is not None:
-            centre, c2, c1, c0 = fit.curves[i]
+        if curve := fit.curves[i]:
+            centre, c2, c1, c0 = curve
             x = np.linspace(np.log(vertex.lowest_params), np.log(vertex.highest_params), 100)
             y = np.polyval([c2, c1, c0], x - centre)
             ax.plot(np.exp(x), y, color=colour, linewidth=1.3, linestyle="-" if vertex.used else "--")
@@ -141,8 +143,8 @@ def surface(
         N, D, c=loss, cmap="viridis_r", norm=LogNorm(low, high), s=34, edgecolors="black", linewidths=0.6, zorder=4
     )
     compute = fit.rows.compute
-    budgets = np.geomspace(compute.min() / 3, compute.max() * 3, 40)
-    best = fit.optimal(budgets, flops_per_param_token)
+    budgets = np.geomspace(compute.min() / 3, compute.max() * 3, 20)
+    best: Any = fit.optimal(budgets, flops_per_param_token)
     ax.plot(best["params"], best["tokens"], color=COLOURS[1], linewidth=2, label="compute-optimal", zorder=3)
     if best["params_lower"].notna().all():
         edge_n = np.concatenate([best["params_lower"], best["params_upper"][::-1]])
@@ -167,16 +169,7 @@ def measured(fit: Fit, ax: Axes | None = None) -> Axes:
     shade = _shades(fit.rows.compute)
     if np.isfinite(low).all():
         ax.vlines(rows["params"], 100 * (low / fitted - 1), 100 * (high / fitted - 1), color=GREY, alpha=0.35, lw=4)
-    ax.scatter(
-        rows["params"],
-        excess,
-        c=fit.rows.compute,
-        cmap=shade.cmap,
-        norm=shade.norm,
-        edgecolors="black",
-        lw=0.5,
-        zorder=3,
-    )
+    ax.scatter(rows["params"], excess, color=shade.to_rgba(fit.rows.compute), edgecolors="black", lw=0.5, zorder=3)
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set(xscale="log", xlabel="parameters N", ylabel="measured above fitted loss (%)")
     _human_log(ax, "x")
@@ -196,15 +189,15 @@ def allocation(
     Draws into two axes. Beyond the largest budget measured the background is shaded: extrapolation.
     """
     if ax is None:
-        ax = list(Figure(figsize=(9.6, 4.2), layout="constrained").subplots(1, 2))
+        ax = list(Figure(figsize=(9.0, 3.9), layout="constrained").subplots(1, 2))
     for a in ax:
         new_axes(a)
-    C = np.geomspace(min(flops), max(flops), 60)
+    C = np.geomspace(min(flops), max(flops), 25)
     largest = 0.0
     for i, (name, fit) in enumerate(fits.items()):
         colour = COLOURS[i % len(COLOURS)]
         parabolas = hasattr(fit, "vertices")
-        best = fit.optimal(C) if parabolas else fit.optimal(C, flops_per_param_token)  # type: ignore[call-arg]
+        best: Any = fit.optimal(C) if parabolas else fit.optimal(C, flops_per_param_token)  # type: ignore[call-arg]
         for a, column in zip(ax, ("params", "tokens"), strict=True):
             if best[column].notna().any():
                 a.plot(C, best[column], color=colour, linewidth=1.8, linestyle="--" if parabolas else "-", label=name)
@@ -272,7 +265,7 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
     ax.plot(span, span, color="black", linewidth=0.8, label="perfect")
     ax.set(xlabel="measured loss (nats per token)", ylabel="predicted loss")
     ax.set_title(
-        f"fitted to {held.fitted} smaller runs, {held.held_out} predicted, {held.distance:.1f} decades of compute further",
+        f"fitted to {held.fitted} runs, {held.held_out} predicted, {held.distance:.1f} decades of compute further",
         fontsize="small",
         color=GREY,
     )
@@ -283,7 +276,7 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
 # ------------------------------------------------------------------------------------------------ helpers
 
 
-def _done(table: pd.DataFrame) -> pd.DataFrame:
+def _done(table: pd.DataFrame) -> Any:
     return table[table["status"] == "done"] if "status" in table else table
 
 
@@ -292,15 +285,13 @@ def _colour(i: int, n: int) -> Any:
     return COLOURS[i] if n <= len(COLOURS) else matplotlib.colormaps["viridis_r"](0.1 + 0.9 * i / (n - 1))
 
 
-def _shades(values: Any) -> matplotlib.cm.ScalarMappable:
+def _shades(values: Any) -> ScalarMappable:
     values = np.asarray(values, dtype=float)
     low, high = values.min(), values.max()
     if low == high:
         low, high = low / 2, high * 2
-    colours = matplotlib.colors.LinearSegmentedColormap.from_list(
-        "", matplotlib.colormaps["viridis_r"](np.linspace(0.08, 1, 256))
-    )
-    return matplotlib.cm.ScalarMappable(LogNorm(low, high), colours)
+    colours = LinearSegmentedColormap.from_list("", matplotlib.colormaps["viridis_r"](np.linspace(0.08, 1, 256)))
+    return ScalarMappable(LogNorm(low, high), colours)
 
 
 def _human_log(ax: Axes, which: str) -> None:
@@ -309,7 +300,7 @@ def _human_log(ax: Axes, which: str) -> None:
     low, high = getattr(ax, f"get_{which}lim")()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda v, _: human(v)))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def _plain_log(ax: Axes, which: str) -> None:
@@ -322,4 +313,4 @@ def _plain_log(ax: Axes, which: str) -> None:
     subs = (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(subs=subs, numticks=15))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())

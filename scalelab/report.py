@@ -43,6 +43,7 @@ SHOWN = {
     "seconds": "seconds",
     "seed": "seed",
 }
+WORDS = {"error": "error", "warning": "warning"}
 INTEGERS = ("width", "layers", "seed")
 
 STYLE = """
@@ -64,12 +65,14 @@ th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(-
 th { color: var(--soft); font-weight: 600 } th:first-child, td:first-child { text-align: left }
 td.words { text-align: left; white-space: normal; min-width: 14rem }
 figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .6rem }
-figure img { display: block; width: 100%; height: auto } figcaption { color: #444; font-size: .9rem; padding: .3rem .4rem 0 }
+figure img { display: block; width: 100%; height: auto }
+figcaption { color: #444; font-size: .9rem; padding: .3rem .4rem 0 }
 .pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)) }
 .pair figure { margin: 0 } ul.notices { padding-left: 1.1rem } .notices li { margin: .4rem 0 }
 .error b { color: var(--bad) } .warning b { color: var(--warn) } .note b { color: var(--soft) }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .9rem } dt { color: var(--soft) }
-dd { margin: 0; overflow-wrap: anywhere } @media (max-width: 34rem) { dl { display: block } dd { margin-bottom: .4rem } }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .9rem }
+dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
+@media (max-width: 34rem) { dl { display: block } dd { margin-bottom: .4rem } }
 """
 
 
@@ -139,8 +142,10 @@ def headline(table: pd.DataFrame, fits: Mapping[str, Fit], isoflop: IsoflopFit |
             f"<b>No answer:</b> the {_text(name)} fit must not be used ({_text(codes)}); see the findings below."
         )
     else:
-        best = fit.optimal([largest, FURTHER * largest], cost_of(table))
-        for row, words in zip(best.itertuples(), ("At the largest budget", f"{FURTHER:g} times further"), strict=True):
+        best: Any = fit.optimal([largest, FURTHER * largest], cost_of(table))
+        for (_, row), words in zip(
+            best.iterrows(), ("At the largest budget", f"{FURTHER:g} times further"), strict=True
+        ):
             lines.append(f"{words}, C = {_sci(row.flops)} FLOP: {_advice(row)}.")
         held = fit.holdout()
         lines.append(
@@ -159,10 +164,14 @@ def headline(table: pd.DataFrame, fits: Mapping[str, Fit], isoflop: IsoflopFit |
             )
         else:
             lines.append(f"IsoFLOP parabolas give no exponents: {used} of {all_} budgets show a minimum.")
-    errors = sum(n.severity == "error" for f in _all(fits, isoflop).values() for n in f.warnings)
-    doubts = sum(n.severity == "warning" for f in _all(fits, isoflop).values() for n in f.warnings)
-    if errors or doubts:
-        lines.append(f"{errors} errors and {doubts} warnings are listed under <a href='#findings'>Findings</a>.")
+    counts = {kind: sum(n.severity == kind for f in _all(fits, isoflop).values() for n in f.warnings) for kind in WORDS}
+    told = " and ".join(f"{n} {WORDS[kind]}{'s' * (n > 1)}" for kind, n in counts.items() if n)
+    if told:
+        lines.append(f"Before you believe this: {told} under <a href='#findings'>Findings</a>.")
+    if any(np.isfinite(f.conf_int().to_numpy()).any() for f in _all(fits, isoflop).values()):
+        lines.append(
+            "<span class=soft>In brackets: 95 % bootstrap intervals, which cover noise and not a wrong form.</span>"
+        )
     return lines
 
 
@@ -212,9 +221,9 @@ def _figures(table, curves, fits, isoflop, cost) -> list[str]:
     wide = []
     both = {n: f for n, f in _all(fits, isoflop).items() if f.ok}
     if both:
-        compute = [float(f.rows.compute.max()) for f in fits.values()] or [float(isoflop.vertices["flops"].max())]
-        low = [float(f.rows.compute.min()) for f in fits.values()] or [float(isoflop.vertices["flops"].min())]
-        axes = plots.allocation(both, (min(low), FURTHER * max(compute)), None, cost)
+        compute = [c for f in fits.values() for c in f.rows.compute]
+        compute += [] if isoflop is None else isoflop.vertices["flops"].tolist()
+        axes = plots.allocation(both, (min(compute), FURTHER * max(compute)), None, cost)
         wide.append(_figure(axes[0].figure, "Compute-optimal parameters and tokens against compute."))
     for name, fit in fits.items():
         if fit.holdout().ok:
@@ -232,10 +241,10 @@ def _holdouts(fits: Mapping[str, Fit]) -> list[str]:
             parts.append(f"<p>{_text(name)}: none ({_text(held.reason)}).</p>")
             continue
         parts.append(
-            f"<p>{_text(name)}: fitted to the {held.fitted} runs below C = {_sci(held.cut)} FLOP, {held.held_out} larger ones "
-            f"predicted. Relative errors, beside what needs no law:</p>"
+            f"<p>{_text(name)}: fitted to the {held.fitted} runs below C = {_sci(held.cut)} FLOP, "
+            f"{held.held_out} larger ones predicted. Relative errors, beside what needs no law:</p>"
         )
-        rows = [(n, f"{r.mean_abs:.2%}", f"{r.bias:+.2%}", f"{r.worst:.2%}") for n, r in held.errors.iterrows()]
+        rows = [(str(n), f"{r.mean_abs:.2%}", f"{r.bias:+.2%}", f"{r.worst:.2%}") for n, r in held.errors.iterrows()]
         parts.append(_html_table(("", "mean", "bias", "worst"), rows))
     return parts
 
@@ -330,10 +339,8 @@ def terminal(
 def parameters(fit: Fit | IsoflopFit) -> list[tuple[str, str, str]]:
     """(name, estimate, interval) of a fit's parameters and, for laws, of the allocation exponents."""
     frame = fit.conf_int().assign(estimate=fit.params)
-    if hasattr(fit, "allocation"):
-        frame = pd.concat([frame, fit.allocation()])  # type: ignore[union-attr]
-    else:
-        frame = frame.loc[["a", "b"]]
+    law = hasattr(fit, "allocation")
+    frame = pd.concat([frame, fit.allocation()]) if law else frame.loc[["a", "b"]]  # type: ignore[union-attr]
     return [
         (
             str(name),
@@ -348,17 +355,18 @@ def optima(fit: Fit, cost: Any) -> list[tuple[str, ...]]:
     """What to train at the largest budget and `FURTHER` times beyond, with intervals."""
     largest = float(fit.rows.compute.max())
     rows = []
-    for row in fit.optimal([largest, FURTHER * largest], cost).itertuples():
-        if np.isfinite(row.params):  # type: ignore[attr-defined]
+    best: Any = fit.optimal([largest, FURTHER * largest], cost)
+    for _, row in best.iterrows():
+        if np.isfinite(row.params):
             shown = (
                 _range(row, "params"),
                 _range(row, "tokens"),
                 f"{row.tokens / row.params:.3g}",
                 _range(row, "loss"),
-            )  # type: ignore[attr-defined]
+            )
         else:
             shown = ("no interior optimum", "—", "—", "—")
-        rows.append((_sci(row.flops), *shown))  # type: ignore[attr-defined]
+        rows.append((_sci(row.flops), *shown))
     return rows
 
 
@@ -378,7 +386,7 @@ def _all(fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> dict[str, Any]:
     return dict(fits) | ({} if isoflop is None else {"IsoFLOP": isoflop})
 
 
-def _done(table: pd.DataFrame) -> pd.DataFrame:
+def _done(table: pd.DataFrame) -> Any:
     return table[table["status"] == "done"] if "status" in table else table
 
 

@@ -16,7 +16,7 @@ from scalelab.errors import BadInput
 Cost = float | Callable[[np.ndarray], np.ndarray]
 
 GRID = 256  # points of ln N among which minima are bracketed
-BISECTIONS = 50
+STEPS = 25  # of the root finder; a smooth cost needs fewer than 10
 
 
 def exponents(params: Float[np.ndarray, "R 5"]) -> Float[np.ndarray, "R 3"]:
@@ -62,32 +62,35 @@ def per_token(cost: Callable[[np.ndarray], np.ndarray], N: np.ndarray) -> np.nda
 
 
 def _solve(params: np.ndarray, budget: float, cost: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """N* of one budget for every parameter vector: bracket on a grid of ln N, then bisect dL/dlnN."""
+    """N* of one budget for every parameter vector: bracket on a grid of ln N, then find the zero of dL/dlnN."""
     E, A, B, alpha, beta = (p[:, None] for p in params.T)
 
     def slope(log_n: np.ndarray) -> np.ndarray:
-        """The sign of dL/dlnN, as a log ratio of the data term's slope to the parameter term's."""
+        """Has the sign of dL/dlnN: the log of the data term's slope over the parameter term's."""
         step = 1e-4
-        low, mid, high = (np.log(per_token(cost, np.exp(log_n + s))) for s in (-step, 0.0, step))
+        low, high = (np.log(per_token(cost, np.exp(log_n + s))) for s in (-step, step))
         rise = np.maximum((high - low) / (2 * step), 1e-300)
         with np.errstate(divide="ignore", invalid="ignore"):
-            data = np.log(rise * beta * B) - beta * (np.log(budget) - mid)
+            data = np.log(rise * beta * B) - beta * (np.log(budget) - 0.5 * (low + high))
             return data - np.log(alpha * A) + alpha * log_n
 
     grid = np.linspace(0.0, np.log(budget), GRID)[None]
     sign = slope(grid)
     turns = (sign[:, :-1] < 0) & (sign[:, 1:] >= 0)
     with np.errstate(over="ignore"):
-        loss = (
-            E + A * np.exp(-alpha * grid) + B * np.exp(-beta * (np.log(budget) - np.log(per_token(cost, np.exp(grid)))))
-        )
-    at = np.where(turns, loss[:, :-1], np.inf).argmin(1)
-    low, high = grid[0, at][:, None], grid[0, at + 1][:, None]
-    for _ in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        below = slope(middle) < 0
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return np.where(turns.any(1), np.exp(0.5 * (low + high))[:, 0], np.nan)
+        tokens = np.log(budget) - np.log(per_token(cost, np.exp(grid)))
+        loss = E + A * np.exp(-alpha * grid) + B * np.exp(-beta * tokens)
+    at = np.where(turns, loss[:, :-1], np.inf).argmin(1)[:, None]
+    low, high = grid[0, at], grid[0, at + 1]
+    below, above = np.take_along_axis(sign, at, 1), np.take_along_axis(sign, at + 1, 1)
+    for _ in range(STEPS):  # regula falsi with Illinois's halving, which cannot stall at one end
+        with np.errstate(invalid="ignore", divide="ignore"):
+            middle = np.clip(high - above * (high - low) / (above - below), low, high)
+        value = slope(middle)
+        left = value < 0
+        below, above = np.where(left, value, 0.5 * below), np.where(left, 0.5 * above, value)
+        low, high = np.where(left, middle, low), np.where(left, high, middle)
+    return np.where(turns.any(1), np.exp(middle)[:, 0], np.nan)
 
 
 def flops_per_token(

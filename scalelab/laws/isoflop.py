@@ -99,7 +99,7 @@ def isoflop(
         "rows": len(rows),
         "rows_in_table": len(rows.position),
         "budgets": len(groups),
-        "budgets_used": int(vertices["used"].sum()),
+        "budgets_used": sum(not r["reason"] for r in table_rows),
         "bootstrap": "runs within budgets",
         "draws": int(bootstrap),
         "draws_failed": int((~np.isfinite(samples).all(1)).sum()),
@@ -286,7 +286,7 @@ class IsoflopFit(Result):
             f"IsoFLOP: {r['rows']} rows; {r['budgets_used']} of {r['budgets']} budgets have a minimum inside the sizes",
             "",
         ]
-        for v in self.vertices.itertuples():
+        for _, v in self.vertices.iterrows():
             if v.used:
                 lines.append(
                     f"  C = {v.flops:9.3g}  N* = {v.params:9.3g} [{v.params_lower:.3g}, {v.params_upper:.3g}]"

@@ -119,7 +119,7 @@ def prepare(
     keep = np.ones(len(frame), bool)
 
     if "status" in source:
-        status = frame[source["status"]].astype(object)
+        status: Any = frame[source["status"]].astype(object)
         done = (status == "done").to_numpy(bool)
         if not done.all():
             counts = status[~done].fillna("no status").value_counts().to_dict()
@@ -258,9 +258,8 @@ def _sources(frame: pd.DataFrame, columns: Mapping[str, str], required: Sequence
 
 def _numbers(frame: pd.DataFrame, column: str, *, required: bool) -> np.ndarray:
     try:
-        return pd.to_numeric(frame[column], errors="raise" if required else "coerce").to_numpy(
-            np.float64, na_value=np.nan
-        )
+        values: Any = pd.to_numeric(frame[column], errors="raise" if required else "coerce")
+        return values.to_numpy(np.float64, na_value=np.nan)
     except (ValueError, TypeError) as error:
         raise BadInput(f"column {column}", frame[column].iloc[0], f"must hold numbers ({error})") from None
 
