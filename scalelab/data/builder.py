@@ -51,9 +51,9 @@ def build(
     tokenizer: `bytes`; `bpe:VOCAB`, trained here, VOCAB ids in all, bos included; or the path of a tokenizer.json.
     shard_tokens: the most tokens of a shard (one longer document makes a longer shard). held_out: share of the
     documents, by hash; data that is to be mixed needs the same share, lest a document that one source holds out be
-    trained on in another. part_bytes: text between two points that a build can be
-    continued from. Given again after any interruption, the same call continues; after the end, it does nothing. Raises
-    `BadInput`, and `FeatureMissing` where an input needs a package that is not installed.
+    trained on in another. part_bytes: text between two points that a build can be continued from. Given again after
+    any interruption, the same call continues; after the end, it does nothing. Raises `BadInput`, leaving nothing behind
+    if it is an input that can't be read, and `FeatureMissing` where one needs a package that is not installed.
     """
     _check(tokenizer, shard_tokens, held_out, seed)
     found = inputs.find([str(name) for name in names])
@@ -69,11 +69,16 @@ def build(
     work = out / ".build"
     plan = {"options": options, "inputs": [[item.name, item.state, item.piece] for item in found]}
     done = _begin(out, work, plan)
-    if not done:
-        with _bar(progress) as advance:
-            encoder = _tokenizer(work, out, tokenizer, found, text_field, held_out, advance)
-            counts = _parts(work, found, encoder, text_field, part_bytes, advance)
-            _shards(out, work, encoder, found, counts, options, advance)
+    try:
+        if not done:
+            with _bar(progress) as advance:
+                encoder = _tokenizer(work, out, tokenizer, found, text_field, held_out, advance)
+                counts = _parts(work, found, encoder, text_field, part_bytes, advance)
+                _shards(out, work, encoder, found, counts, options, advance)
+    except BadInput as error:
+        if error.field != "data build --out":  # an input or an option has to change, so this can't be continued
+            _discard(out, work)
+        raise
     shutil.rmtree(work, ignore_errors=True)
     return shards.manifest(str(out), "data build --out")
 
@@ -130,6 +135,16 @@ def _begin(out: pathlib.Path, work: pathlib.Path, plan: dict[str, Any]) -> bool:
         raise BadInput("data build --out", str(out), f"can't be made: {error.strerror}") from None
     _write(work, work / "plan.json", json.dumps(plan).encode())
     return False
+
+
+def _discard(out: pathlib.Path, work: pathlib.Path) -> None:
+    """Removes what this build wrote, and the folder if nothing else is in it."""
+    shutil.rmtree(work, ignore_errors=True)
+    for pattern in ("tokenizer.json", "train-*.bin", "held_out-*.bin", "held_out.npy"):
+        for file in out.glob(pattern):
+            file.unlink()
+    with contextlib.suppress(OSError):
+        out.rmdir()
 
 
 def _plan_hash(plan: dict[str, Any]) -> str:

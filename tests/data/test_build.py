@@ -220,7 +220,7 @@ def test_bad_inputs_get_one_line(tmp_path, name, make, message):
     with pytest.raises(BadInput, match=message) as caught:
         build([tmp_path / name], tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

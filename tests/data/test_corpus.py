@@ -182,7 +182,7 @@ def test_mixture_is_exact_far_out_and_in_any_order():
         one, at = mixture.locate(far[i : i + 1])
         assert (one[0], at[0]) == (number[i], index[i])
     assert index[number == 0][-1] == pytest.approx(10**10 * 2 / 7, rel=1e-6)
-    number, _ = mixture.locate(np.arange(2**25))
+    number, _ = mixture.locate(np.arange(1000))
     assert set(number) == {0, 1, 2}  # the least weight is served too
 
 
