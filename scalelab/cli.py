@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "build", help="Tokenize documents into shards", description="Tokenize documents into shards"
     )
     if "data" in sys.argv[1:2]:  # its arguments live beside the builder, whose imports the other commands need not pay
-        from scalelab.data.build import add_arguments
+        from scalelab.data.command import add_arguments
 
         add_arguments(build)
     p = command("bench", "Measure scalelab itself; ratios to a baseline in the same run")
@@ -264,9 +264,9 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _data(args: argparse.Namespace) -> int:
-    from scalelab.data import build
+    from scalelab.data import command
 
-    return build.main(args)
+    return command.main(args)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -122,8 +122,9 @@ def base() -> ConfigDict:
     return config
 
 
-# What a run is, is independent of where, how visibly and how safely it runs: these never enter its id.
-OUTSIDE_ID = ("checkpoint", "log", "mesh", "runs", "data.threads")
+# What a run is, is independent of where, how visibly and how safely it runs: these never enter its id. Nor does the
+# tokenizer's name, which may be a path: the content hashes know the tokenizer.
+OUTSIDE_ID = ("checkpoint", "log", "mesh", "runs", "data.threads", "data.tokenizer")
 # Fields added after schema 1, with the default under which the older runs ran: left out of the id where equal.
 ADDED_LATER: dict[str, Any] = {}
 

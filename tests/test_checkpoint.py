@@ -106,6 +106,7 @@ def lose_item(folder):
     shutil.rmtree(folder / "rest")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [truncate, alter, lose_meta, lose_item])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_aloud(tmp_path, damage):
     save_steps(tmp_path / "c", [1, 2])
@@ -121,6 +122,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_aloud(tmp_path, damag
     opened.close()
 
 
+# Orbax leaves reads unfinished when another has failed, and Python mentions that some time later.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_one_flipped_bit_anywhere_never_comes_back_as_parameters(tmp_path):
     """Some bytes are spare, in which case the newest is still sound; it must then be so to the bit."""
     save_steps(tmp_path / "c", [1, 2])
