@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from scalelab import recipe
 from scalelab import sweep as sweeps
 from scalelab.config import load_file, override, parse_arg
+from scalelab.errors import BadInput
 
 DEFAULTS: dict[str, Any] = {
     "budgets": (4e11, 8e11, 1.6e12), "sizes": 4, "ratio": 20.0, "span": 8.0, "seeds": 1, "data": "",
@@ -32,15 +33,16 @@ def get_config(arg: str = "") -> ConfigDict:
     return override(config, changes).lock()
 
 
-def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
+def sweep(arg: str = "") -> Iterator[dict[str, Any] | sweeps.Dropped]:
     args = parse_arg(arg, **DEFAULTS)
     for budget in args.budgets:
         centre = math.sqrt(budget / (6 * args.ratio))  # C = 6 N D with D = ratio N
         for rank in range(args.sizes):
             place = rank / (args.sizes - 1) - 0.5 if args.sizes > 1 else 0.0
             for seed in range(args.seeds):
-                yield {
-                    **recipe.transformer(centre * args.span**place),
-                    "seed": seed,
-                    "train.steps": sweeps.steps_for(budget),
-                }
+                try:
+                    shape = recipe.transformer(centre * args.span**place)
+                except BadInput as error:
+                    yield sweeps.Dropped({"budget": budget}, f"budget = {budget:.3g}: too small; {error}")
+                    continue
+                yield {**shape, "seed": seed, "train.steps": sweeps.steps_for(budget)}

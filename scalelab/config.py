@@ -196,7 +196,7 @@ class ConfigFile:
     path: pathlib.Path
     arg: str
     _get_config: Callable[[str], ConfigDict]
-    _sweep: Callable[[str], Iterable[Mapping[str, Any]]] | None
+    _sweep: Callable[[str], Iterable[Any]] | None
 
     def get_config(self, arg: str | None = None) -> ConfigDict:
         """The file's config for an argument (default: the one that it was named with)."""
@@ -206,8 +206,8 @@ class ConfigFile:
             raise BadInput("get_config", type(config).__name__, "must return an ml_collections.ConfigDict")
         return config
 
-    def sweep(self) -> list[Mapping[str, Any]] | None:
-        """The sweep's points as dotted overrides; None if the file has no `sweep`."""
+    def sweep(self) -> list[Any] | None:
+        """The sweep's points (dotted overrides, or `sweep.Dropped`); None if the file has no `sweep`."""
         if self._sweep is None:
             return None
         with _users_code(self.name, self.path):

@@ -3,7 +3,7 @@
 `sweep(arg)` yields mappings of dotted overrides. A value may be a function of the config with everything else already
 in place, the overrides from the command line and the tokenizer's vocabulary included: so
 `{"train.steps": steps_for(1e15)}` keeps a budget whatever the model became. What such a function or the validation
-refuses is dropped with its reason, not run.
+refuses is dropped with its reason, not run; a sweep that knows better yields `Dropped` itself.
 """
 
 from __future__ import annotations
@@ -86,6 +86,9 @@ def expand(reference: str, overrides: Mapping[str, Any], command: str = "", name
     dropped: list[Dropped] = []
     corpora = _Corpora()
     for point in [{}] if points is None else points:
+        if isinstance(point, Dropped):
+            dropped.append(point)
+            continue
         shown = {field: value for field, value in point.items() if not callable(value)}
         try:
             run = plan(_resolve(base, point, overrides, corpora), corpora)
