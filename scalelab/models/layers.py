@@ -1,6 +1,9 @@
-"""What blocks are made of: normalisation, rotary embedding, soft cap."""
+"""What blocks are made of: linear maps, normalisation, rotary embedding, soft cap."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +15,45 @@ from scalelab.models.spec import Spec
 from scalelab.parametrization import Tensor
 
 
+def pointwise(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f with only its inputs kept for the backward pass. For cheap functions of big arrays: recomputing them costs less
+    than writing what autodiff would keep and, in a scanned stack, copying it into the stack of all layers and out."""
+    return jax.checkpoint(f, prevent_cse=False)
+
+
+def linear(x: Float[Array, "*b n"], w: Float[Array, n * m]) -> Float[Array, "*b *m"]:
+    """x w, as one product of two matrices, whose gradients XLA runs faster than those of a product with more axes."""
+    y = x.reshape(-1, x.shape[-1]) @ w.reshape(w.shape[0], -1)
+    return y.reshape(*x.shape[:-1], *w.shape[1:])
+
+
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*b D"]:
     """scale * x / sqrt(mean(x^2) + eps), statistics in float32, result in x's dtype (Zhang & Sennrich 2019)."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
+
+    @pointwise
+    def norm(x: Array, scale: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+        return (y * scale).astype(x.dtype)
+
+    return norm(x, scale)
+
+
+def layer_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float) -> Array:
+    """scale * (x - mean) / sqrt(variance + eps) + bias, variance biased and centred first; float32 inside."""
+
+    @pointwise
+    def norm(x: Array, scale: Array, bias: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+        return (y * scale + bias).astype(x.dtype)
+
+    return norm(x, scale, bias)
 
 
 class Norm(Part):
-    """RMSNorm, or LayerNorm with gain and bias, over the width. LayerNorm's variance is biased, mean((x - mean)^2)."""
+    """RMSNorm, or LayerNorm with gain and bias, over the width."""
 
     scale: nnx.Param
     bias: nnx.Param
@@ -33,10 +66,7 @@ class Norm(Part):
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         if self.spec.norm == "rmsnorm":
             return rms_norm(x, self.scale[...], self.spec.norm_eps)
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.spec.norm_eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], self.spec.norm_eps)
 
 
 def rope(x: Float[Array, "B T H d"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T H d"]:

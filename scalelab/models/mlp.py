@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from scalelab.config import at_least, choice
+from scalelab.models.layers import linear, pointwise
 from scalelab.models.part import ChannelMixer
 from scalelab.models.spec import Flops, Spec
 from scalelab.parametrization import Tensor
@@ -54,11 +54,21 @@ class MLP(ChannelMixer):
     def __call__(self, x: Float[Array, "*b D"]) -> tuple[Float[Array, "*b D"], dict[str, Any]]:
         """x -> (y, no auxiliary values)."""
         if self.options.kind == "swiglu":
-            h = jax.nn.silu(self._linear(x, "gate")) * self._linear(x, "up")
+            h = swiglu(self._linear(x, "gate"), self._linear(x, "up"))
         else:
-            h = jax.nn.gelu(self._linear(x, "up"), approximate=True)
+            h = gelu(self._linear(x, "up"))
         return self._linear(h, "down"), {}
 
     def _linear(self, x: Float[Array, "*b n"], name: str) -> Float[Array, "*b m"]:
-        y = jnp.einsum("...n,nm->...m", x, self.weight(name))
+        y = linear(x, self.weight(name))
         return y + self.weight(f"{name}_bias") if self.options.bias else y
+
+
+@pointwise
+def swiglu(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+@pointwise
+def gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
