@@ -144,7 +144,7 @@ def surface(
     )
     compute = fit.rows.compute
     budgets = np.geomspace(compute.min() / 3, compute.max() * 3, 20)
-    best: Any = fit.optimal(budgets, flops_per_param_token)
+    best: Any = fit.optima(budgets, flops_per_param_token)
     ax.plot(best["params"], best["tokens"], color=COLOURS[1], linewidth=2, label="compute-optimal", zorder=3)
     if best["params_lower"].notna().all():
         edge_n = np.concatenate([best["params_lower"], best["params_upper"][::-1]])
@@ -197,7 +197,7 @@ def allocation(
     for i, (name, fit) in enumerate(fits.items()):
         colour = COLOURS[i % len(COLOURS)]
         parabolas = hasattr(fit, "vertices")
-        best: Any = fit.optimal(C) if parabolas else fit.optimal(C, flops_per_param_token)  # type: ignore[call-arg]
+        best: Any = fit.optimal(C) if parabolas else fit.optima(C, flops_per_param_token)  # type: ignore[union-attr]
         for a, column in zip(ax, ("params", "tokens"), strict=True):
             if best[column].notna().any():
                 a.plot(C, best[column], color=colour, linewidth=1.8, linestyle="--" if parabolas else "-", label=name)

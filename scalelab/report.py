@@ -60,7 +60,8 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; border-bottom: 1px solid var(--l
 .answer p { margin: .35rem 0 } .answer b { white-space: nowrap }
 .soft { color: var(--soft); font-size: .9rem } code, pre { font: .85rem/1.45 ui-monospace, monospace }
 pre { overflow-x: auto; background: var(--card); padding: .8rem; border-radius: 4px }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto; margin-bottom: 1rem }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { color: var(--soft); font-weight: 600 } th:first-child, td:first-child { text-align: left }
 td.words { text-align: left; white-space: normal; min-width: 14rem }
@@ -223,7 +224,7 @@ def _figures(table, curves, fits, isoflop, cost) -> list[str]:
     if both:
         compute = [c for f in fits.values() for c in f.rows.compute]
         compute += [] if isoflop is None else isoflop.vertices["flops"].tolist()
-        axes = plots.allocation(both, (min(compute), FURTHER * max(compute)), None, cost)
+        axes = plots.allocation(both, (min(compute) / 1.5, FURTHER * max(compute)), None, cost)
         wide.append(_figure(axes[0].figure, "Compute-optimal parameters and tokens against compute."))
     for name, fit in fits.items():
         if fit.holdout().ok:

@@ -82,6 +82,14 @@ def test_surface_has_the_frontier_and_its_band(world):
     assert texts(ax) == ["compute-optimal", "95 % interval"]
 
 
+def test_drawing_adds_no_warnings():
+    fit = laws.fit("chinchilla", sweep(noise=0.003), bootstrap=20)
+    before = list(fit.warnings)
+    plots.surface(fit)
+    plots.allocation({"law": fit}, [1e18, 1e25])
+    assert fit.warnings == before
+
+
 def test_a_fit_without_intervals_has_no_band():
     fit = laws.fit("chinchilla", sweep(noise=0.003), bootstrap=0)
     assert not plots.surface(fit).patches

@@ -34,20 +34,19 @@ def optimum(
     `cost` is k in C = k N D, or a function from N to FLOPs per token. NaN where the loss has no interior minimum.
     """
     E, A, B, alpha, beta = (p[:, None] for p in params.T)
-    if callable(cost):
-        N = np.stack([_solve(params, budget, cost) for budget in flops], axis=1)
-        with np.errstate(invalid="ignore"):
+    if not callable(cost) and not float(cost) > 0:
+        raise BadInput("flops_per_param_token", cost, "must be above 0, or a function of the parameter count")
+    with np.errstate(all="ignore"):  # a law without an optimum sends N to 0 or infinity; these become NaN below
+        if callable(cost):
+            N = np.stack([_solve(params, budget, cost) for budget in flops], axis=1)
             D = flops / per_token(cost, N)
-    else:
-        k = float(cost)
-        if not k > 0:
-            raise BadInput("flops_per_param_token", cost, "must be above 0, or a function of the parameter count")
-        with np.errstate(invalid="ignore", divide="ignore"):
+        else:
             ratio = (np.log(alpha * A) - np.log(beta * B)) / (alpha + beta)
-            N = np.exp(ratio + beta / (alpha + beta) * np.log(flops / k))
-            N = np.where(np.isfinite(N) & (N > 0), N, np.nan)
-        D = flops / (k * N)
-    return N, D, E + A * N**-alpha + B * D**-beta
+            N = np.exp(ratio + beta / (alpha + beta) * np.log(flops / float(cost)))
+            D = flops / (float(cost) * N)
+        loss = E + A * N**-alpha + B * D**-beta
+        sound = np.isfinite(N) & np.isfinite(D) & np.isfinite(loss) & (N > 1e-100) & (D > 1e-100)
+    return np.where(sound, N, np.nan), np.where(sound, D, np.nan), np.where(sound, loss, np.nan)
 
 
 def per_token(cost: Callable[[np.ndarray], np.ndarray], N: np.ndarray) -> np.ndarray:

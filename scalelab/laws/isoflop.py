@@ -138,7 +138,7 @@ def isoflop(
 
 def parabola(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[tuple[float, float, Any], str, str]:
     """((vertex, value there, (centre, c2, c1, c0)), why it is refused or "", the refusal's code)."""
-    if len(np.unique(x)) < 3:
+    if len(np.unique(x.round(3))) < 3:  # sizes within 0.1 % are one size
         return (np.nan, np.nan, None), "fewer than three sizes", "isoflop-unbracketed"
     centre = x.mean()
     c2, c1, c0 = np.polyfit(x - centre, y, 2)
@@ -157,7 +157,7 @@ def _vertex_draws(x: np.ndarray, y: np.ndarray, draws: int, rng: np.random.Gener
     """ln N* and loss* of each resample of one budget's runs; NaN where the resample has no minimum inside."""
     picked = rng.integers(len(x), size=(draws, len(x)))
     for _ in range(ROUNDS):
-        short = np.array([len(np.unique(p)) < 3 for p in x[picked]], bool)
+        short = np.array([len(np.unique(p)) < 3 for p in x.round(3)[picked]], bool)
         if not short.any():
             break
         picked[short] = rng.integers(len(x), size=(int(short.sum()), len(x)))

@@ -212,18 +212,23 @@ class Fit(Result):
         budgets = np.atleast_1d(np.asarray(C, dtype=np.float64))
         if budgets.ndim != 1 or not (np.isfinite(budgets) & (budgets > 0)).all():
             raise BadInput("C", C, "must be positive FLOPs, one number or a list of them")
-        point = self.law.optimum(self.estimate[None], budgets, flops_per_param_token)
-        drawn = self.law.optimum(self.samples, budgets, flops_per_param_token)
-        out = {"flops": budgets}
+        frame = self.optima(budgets, flops_per_param_token)
+        at = {role: np.asarray(frame[role]) for role in ("params", "tokens")}
+        checks.no_optimum(self, budgets, at["params"])
+        found = np.isfinite(at["params"])
+        if found.any():
+            checks.extrapolation(self, {role: values[found] for role, values in at.items()}, budgets[found])
+        return frame if np.ndim(C) else frame.iloc[0].rename(float(budgets[0]))
+
+    def optima(self, flops: Float[np.ndarray, " m"], flops_per_param_token: Cost = 6.0) -> pd.DataFrame:
+        """As `optimal`, for figures: adds no warnings, however far the budgets lie."""
+        point = self.law.optimum(self.estimate[None], flops, flops_per_param_token)
+        drawn = self.law.optimum(self.samples, flops, flops_per_param_token)
+        out = {"flops": flops}
         for name, value, samples in zip(("params", "tokens", "loss"), point, drawn, strict=True):
             out[name] = value[0]
             out[f"{name}_lower"], out[f"{name}_upper"] = self.interval(samples)
-        checks.no_optimum(self, budgets, point[0][0])
-        found = np.isfinite(point[0][0])
-        if found.any():
-            checks.extrapolation(self, {"params": point[0][0][found], "tokens": point[1][0][found]}, budgets[found])
-        frame = pd.DataFrame(out)
-        return frame if np.ndim(C) else frame.iloc[0].rename(float(budgets[0]))
+        return pd.DataFrame(out)
 
     def allocation(self, level: float = 0.95) -> pd.DataFrame:
         """a, b, gamma of N* ~ C^a, D* ~ C^b, L* - E ~ C^-gamma under C = k N D, with intervals."""

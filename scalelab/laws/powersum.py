@@ -44,12 +44,14 @@ class PowerSum:
     # ---------------------------------------------------------------------------------------- parameters
 
     def natural(self, theta: Float[np.ndarray, "S P"]) -> Float[np.ndarray, "S P"]:
-        """theta -> (E, A_1, ..., A_K, gamma_1, ..., gamma_K) in the units of the columns."""
+        """theta -> (E, A_1, ..., A_K, gamma_1, ..., gamma_K) in the units of the columns.
+
+        A floor under 2e-9 of the mean loss is where the solver gave up going down: it is given as zero.
+        """
         K = self.terms
         gamma = theta[..., K + 1 :]
-        return np.concatenate(
-            [np.exp(theta[..., :1]), np.exp(theta[..., 1 : K + 1] + gamma * self.centres), gamma], axis=-1
-        )
+        floor = np.where(theta[..., :1] < self.level - 20, 0.0, np.exp(theta[..., :1]))
+        return np.concatenate([floor, np.exp(theta[..., 1 : K + 1] + gamma * self.centres), gamma], axis=-1)
 
     def shares(self, theta: Float[np.ndarray, "S P"]) -> tuple[Float[np.ndarray, "S n"], list[np.ndarray]]:
         """ln of the model, and each term's share of it (floor first)."""

@@ -98,6 +98,13 @@ def test_fewer_than_three_sizes_are_refused():
     assert codes(fit)["isoflop-unbracketed"].numbers["flops"] == pytest.approx([1e18, 1e19, 1e20])
 
 
+def test_nearly_equal_sizes_are_one_size():
+    table = sweep(budgets=(1e18, 1e19), sizes=3)
+    middle = table.groupby("flops").params.transform("median")
+    near = table.assign(params=np.where(table.params < middle, middle * (1 - 1e-9), table.params))
+    assert not laws.isoflop(near, bootstrap=5).vertices.used.any()
+
+
 def test_budgets_by_column_or_by_nearness():
     table = sweep(noise=0.001)
     jitter = table.assign(flops=table.flops * np.exp(0.03 * np.random.default_rng(0).standard_normal(len(table))))

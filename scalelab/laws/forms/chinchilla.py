@@ -34,7 +34,8 @@ class Chinchilla(Law):
 
     def evaluate(self, params: Float[np.ndarray, "R 5"], columns: Mapping[str, np.ndarray]) -> Float[np.ndarray, "R n"]:
         E, A, B, alpha, beta = (p[:, None] for p in params.T)
-        return E + A * columns["params"] ** -alpha + B * columns["tokens"] ** -beta
+        with np.errstate(over="ignore", invalid="ignore"):  # draws may be wild
+            return E + A * columns["params"] ** -alpha + B * columns["tokens"] ** -beta
 
     def optimum(self, params, flops, cost):
         return allocate.optimum(params, flops, cost)
