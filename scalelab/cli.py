@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = _Parser(prog="scalelab", description="Scaling-law experiments: plan, train, record, fit, decide.")
     parser.add_argument("--version", action="version", version=f"scalelab {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     build = verbs.add_parser(
         "build", help="Tokenize documents into shards", description="Tokenize documents into shards"
     )
-    if "data" in sys.argv[1:2]:  # its arguments live beside the builder, whose imports the other commands need not pay
+    if "data" in argv[:1]:  # its arguments live beside the builder, whose imports the other commands need not pay
         from scalelab.data.command import add_arguments
 
         add_arguments(build)
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser = _parser(argv)
     args, rest = parser.parse_known_args(argv)
     args.argv = argv
     try:

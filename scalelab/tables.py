@@ -25,7 +25,8 @@ def _console() -> Console:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+        words = name == "note"  # the only column that may be long: it wraps, so that the others need not
+        table.add_column(name, justify="left" if number == 0 or words else "right", no_wrap=not words, overflow="fold")
     return table
 
 

@@ -25,6 +25,7 @@ TINY: dict[str, Any] = {
 
 def small_corpus(folder: pathlib.Path, files: int = 100, words: int = 100, seed: int = 0) -> pathlib.Path:
     """A folder of text files with something to learn: few words, each ten to a line."""
+    folder.mkdir(exist_ok=True)
     rng = random.Random(seed)
     vocabulary = ["the", "loss", "falls", "as", "a", "power", "of", "compute", "until", "it", "does", "not"]
     for number in range(files):

@@ -1,0 +1,184 @@
+"""The command line, with real processes: exit status, one clear line, nothing half-written."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from scalelab import records
+from tests.helpers import TINY, arguments, environment, read_json, scalelab, small_corpus
+
+# One process answers many questions: what is asked is whether main() refuses, not whether Python starts.
+RUNNER = """
+import contextlib, io, json, sys
+from scalelab.cli import main
+answers = []
+for argv in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(argv)
+        except SystemExit as stop:
+            status = stop.code
+    answers.append([status, out.getvalue(), err.getvalue()])
+json.dump(answers, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def ask(questions: list[list[str]], cwd: pathlib.Path) -> list[tuple[int, str, str]]:
+    import json
+
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER], input=json.dumps(questions), cwd=cwd, env=environment(), capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [tuple(answer) for answer in json.loads(done.stdout)]
+
+
+def test_bad_input_is_one_line_status_2_and_leaves_nothing(tmp_path, corpus):
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1") * 1000)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text("params,tokens\n1,2\n")
+    (tmp_path / "broken.py").write_text("def get_config(arg):\n    return 3\n")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    cases = {
+        "train --config=nothing": "no built-in config of that name",
+        "train --config=transformer:sise=s": "did you mean size",
+        "train --config=transformer:size=huge": "must be one of xs, s, m, l, 165m",
+        "train --config=transformer:steps=many": "must be a whole number",
+        "train --config=broken.py": "must return an ml_collections.ConfigDict",
+        "train --config=transformer --config.model.widht=3": "did you mean width",
+        "train --config=transformer --config.model.width=wide": "config.model.width = 'wide': must be a whole number",
+        "train --config=transformer --config.model.width": "needs a value",
+        "train --config=transformer --config.model.attention.kv_heads=3": "must divide",
+        "train --config=transformer --config.model.width=0": "config.model.width = 0",
+        "train --config=transformer --config.data.batch_size=0": "config.data.batch_size = 0: must be at least 1",
+        "train --config=transformer --config.model.blocks=(('attnetion','mlp'),)": "attnetion",
+        "train --config=transformer:data=/nowhere": "'/nowhere': no such file",
+        "train --config=transformer:data=latin1.txt": "latin1.txt",
+        "train --config=transformer:data=empty": "empty",
+        "train --config=transformer --config.data.tokenizer=nowhere.json": "nowhere.json",
+        "train": "needs either --config or --spec",
+        "train --spec=nowhere.json": "cannot be read",
+        "train --config=transformer --fast": "not an option here",
+        "plan --config=isoflop:budgets=1e5": "too small",
+        "plan --config=isoflop:budgets=much": "must be a finite number",
+        "sweep --config=isoflop --jobs=0": "--jobs = 0: must be at least 1",
+        "sweep --config=isoflop --jobs=two": "invalid int value",
+        "fit nowhere.csv": "no such file",
+        "fit table.csv": "needs a column loss",
+        "fit table.csv --law=kepler": "must be one of",
+        "fit table.csv --columns=params": "must be ROLE=NAME",
+        "fit empty": "holds no runs",
+        "report empty": "holds no runs",
+        "status nowhere": "holds no runs",
+        "sample nowhere": "is no run's folder",
+        "data build nowhere --out=shards": "no such file",
+        "frobnicate": "invalid choice",
+    }
+    answers = ask([case.split() for case in cases], tmp_path)
+    for (case, says), (status, out, err) in zip(cases.items(), answers, strict=True):
+        assert status == 2, (case, status, out, err)
+        assert says in err, (case, err)
+        assert len(err.strip().splitlines()) == 1, (case, err)
+        assert "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_sweep_from_plan_to_report(tmp_path, corpus):
+    """plan, sweep, status, fit, report and sample, in an empty folder; a second sweep trains nothing."""
+    (tmp_path / "lr.py").write_text(
+        "from scalelab import config, sweep as sweeps\n"
+        f"def get_config(arg=''):\n    return config.override(config.base(), {TINY!r}).lock()\n"
+        "def sweep(arg=''):\n"
+        "    yield from sweeps.product(optim__lr=(1e-2, 1e30), seed=(0,))\n"
+        "    yield {'model.attention.kv_heads': 3}\n"
+        "    yield {'optim.lr': 1e-2}\n"
+    )
+    source = f"--config.data.sources={{'text': {{'kind': 'text', 'path': '{corpus}'}}}}"
+    command = ["--config=lr.py", source, "--config.train.steps=12", "--config.optim.clip=0"]
+    plan = scalelab("plan", *command, cwd=tmp_path, env=environment())
+    assert plan.returncode == 0, plan.stderr
+    assert "2 runs" in plan.stdout
+    assert "config.model.attention.kv_heads = 3" in plan.stdout
+    assert "is the same run as" in plan.stdout
+    assert not (tmp_path / "runs").exists()
+
+    sweep = scalelab("sweep", *command, "--jobs=2", cwd=tmp_path, env=environment())
+    assert sweep.returncode == 0, sweep.stderr
+    assert "1 trained, 1 diverged" in sweep.stdout
+    path = pathlib.Path(sweep.stdout.strip().splitlines()[-1])
+    assert len(read_json(tmp_path / path)["ids"]) == 2
+    assert sorted(records.load(tmp_path / path)["status"]) == ["diverged", "done"]
+
+    again = scalelab("sweep", *command, cwd=tmp_path, env=environment())
+    assert "2 finished before" in again.stdout
+    status = scalelab("status", str(path), cwd=tmp_path, env=environment())
+    assert "1 diverged" in status.stdout
+    assert "1 done" in status.stdout
+    run = records.load(tmp_path / path).query("status == 'done'")["id"].item()
+    sample = scalelab(
+        "sample", f"runs/{run}", "--prompt=the loss", "--tokens=20", cwd=tmp_path, env=environment()
+    )
+    assert sample.stdout.startswith("the loss")
+    assert len(sample.stdout) > len("the loss") + 1
+
+
+def test_one_failing_run_does_not_stop_the_rest(tmp_path, corpus):
+    from tests.helpers import tiny_spec
+
+    good, bad = tiny_spec(corpus, train__steps=6), tiny_spec(corpus, train__steps=7)
+    for spec in (good, bad):
+        records.write_atomically(tmp_path / "runs" / spec.id / "spec.json", spec.to_json())
+    # A file where the run's checkpoints should be: this one cannot work.
+    (tmp_path / "runs" / bad.id / "checkpoints").write_text("in the way")
+    from scalelab.launch import local
+
+    outcome = local.run_all(tmp_path / "runs", [bad.id, good.id, "ffffffffffff"][:2])
+    assert outcome.done == [good.id]
+    assert list(outcome.failed) == [bad.id]
+    assert "checkpoints" in outcome.failed[bad.id]
+    status = scalelab("status", cwd=tmp_path, env=environment())
+    assert "1 failed" in status.stdout
+    assert re.search(rf"{bad.id}\s+failed", status.stdout)
+    (tmp_path / "runs" / bad.id / "checkpoints").unlink()
+    assert local.run_all(tmp_path / "runs", [bad.id, good.id]).done == [bad.id]
+
+
+def test_train_prints_the_result_and_takes_a_spec(tmp_path, corpus):
+    done = scalelab("train", *arguments(corpus, train__steps=5), cwd=tmp_path, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"held-out loss \d\.\d{4} ± 0\.\d{4} nats per token", done.stdout)
+    spec = next((tmp_path / "runs").glob("*/spec.json"))
+    again = scalelab("train", f"--spec={spec}", cwd=tmp_path, env=environment())
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[0] == done.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "without"),
+    [
+        ("import scalelab", ("jax", "numpy", "pandas")),
+        ("import scalelab.laws", ("jax", "flax", "matplotlib", "scipy.optimize")),
+        ("import scalelab.cli; scalelab.cli._parser()", ("jax", "pandas", "rich")),
+    ],
+)
+def test_imports_stay_light(code, without):
+    check = f"{code}\nimport sys\nprint([name for name in {without!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_help_names_every_command():
+    done = scalelab("--help", cwd=pathlib.Path.cwd())
+    assert done.returncode == 0
+    for name in ("plan", "train", "sweep", "status", "fit", "report", "sample", "data", "bench"):
+        assert re.search(rf"^\s+{name}\s", done.stdout, re.MULTILINE)

@@ -1,0 +1,59 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scalelab import data, models, sample, train
+from scalelab.errors import BadInput
+from tests.helpers import small_corpus, tiny_spec
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    corpus = small_corpus(tmp_path_factory.mktemp("corpus"))
+    root = tmp_path_factory.mktemp("runs")
+    spec = tiny_spec(corpus, train__steps=60)
+    train.run(spec, root)
+    return spec, root / spec.id
+
+
+def test_greedy_text_is_what_the_full_pass_prefers(run):
+    spec, folder = run
+    text = "".join(sample.text(folder, "the ", tokens=12, temperature=0.0))
+    corpus = data.open(spec.config.data)
+    model = train.resolve(spec.config, corpus)
+    graphdef, shapes = models.abstract(model)
+    from scalelab.checkpoint import load_params
+    from tests.helpers import final_params
+
+    assert text.startswith("the ")
+    assert final_params(folder)
+    import jax
+
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    _, params = load_params(folder, shapes)
+    ids = [corpus.bos, *corpus.tokenizer.encode(text)]
+    logits = np.asarray(models.logits(model, params, jnp.asarray([ids])))[0]
+    prompt = len(corpus.tokenizer.encode("the "))
+    for place in range(prompt, len(ids) - 1):
+        assert logits[place].argmax() == ids[place + 1]
+
+
+def test_a_seed_is_a_text(run):
+    _, folder = run
+    draw = lambda seed: "".join(sample.text(folder, "", tokens=40, temperature=1.0, seed=seed))  # noqa: E731
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_what_cannot_be_sampled(run, tmp_path):
+    _, folder = run
+    with pytest.raises(BadInput, match="--temperature"):
+        list(sample.text(folder, temperature=-1))
+    with pytest.raises(BadInput, match="--tokens"):
+        list(sample.text(folder, tokens=0))
+    with pytest.raises(BadInput, match="no run's folder"):
+        list(sample.text(tmp_path))
+    (tmp_path / "spec.json").write_text((folder / "spec.json").read_text())
+    with pytest.raises(BadInput, match="has no weights"):
+        list(sample.text(tmp_path))

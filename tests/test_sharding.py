@@ -1,0 +1,60 @@
+"""Eight devices, two hosts: the same run. In processes of their own, since devices are fixed once JAX has started."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import environment, small_corpus
+
+RUN = """
+import json, sys
+import jax
+from scalelab import train
+from tests.helpers import tiny_spec
+corpus, root, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+record = train.run(tiny_spec(corpus, **changes), root)
+print(json.dumps([jax.device_count(), record.loss, record.train_loss, record.status]))
+"""
+
+HOST = """
+import json, sys
+import jax
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from scalelab import train
+from tests.helpers import tiny_spec
+record = train.run(tiny_spec(sys.argv[3], data__batch_size=8, train__steps=10), sys.argv[4])
+print(json.dumps([jax.process_count(), record.loss, record.train_loss, record.status]))
+"""
+
+
+def result(process: subprocess.CompletedProcess) -> list:
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def run(corpus, root, devices: int, **changes) -> list:
+    env = {**environment(), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-c", RUN, str(corpus), str(root), json.dumps(changes)]
+    return result(subprocess.run(command, env=env, capture_output=True, text=True, timeout=300))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_eight_devices_give_the_run_of_one(tmp_path, parts):
+    corpus = small_corpus(tmp_path / "corpus")
+    changes = {"data__batch_size": 16, "train__steps": 10, "train__accum_steps": parts}
+    one = run(corpus, tmp_path / "one", 1, **changes)
+    eight = run(corpus, tmp_path / "eight", 8, **changes)
+    assert (one[0], eight[0]) == (1, 8)
+    assert eight[1] == pytest.approx(one[1], rel=1e-5)
+    assert eight[2] == pytest.approx(one[2], rel=1e-5)
+
+
+def test_a_batch_that_eight_devices_cannot_share(tmp_path):
+    corpus = small_corpus(tmp_path / "corpus")
+    env = {**environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-c", RUN, str(corpus), str(tmp_path / "runs"), json.dumps({"data__batch_size": 12})]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "config.data.batch_size = 12" in done.stderr
+    assert "divisible by 8 device(s)" in done.stderr
