@@ -17,7 +17,6 @@ from jaxtyping import Float
 from scalelab.errors import BadInput
 from scalelab.laws.allocate import flops_per_token
 from scalelab.laws.notices import Notice, name_rows
-from scalelab.laws.resample import ROUNDS
 from scalelab.laws.result import Result, jsonable, provenance
 from scalelab.laws.table import Table, prepare
 from scalelab.laws.validate import budgets
@@ -41,7 +40,7 @@ def isoflop(
       table: runs with `params`, `tokens`, `loss` and, where known, `flops` (6 N D otherwise).
       columns: role -> column, as in `laws.fit`.
       budget: a column that names each run's budget; by default runs within about 20 % of compute share one.
-      bootstrap: draws; each resamples the runs of every budget, keeping three sizes at least.
+      bootstrap: draws; each adds to the parabolas residuals drawn from all runs (see `_vertex_draws`).
       seed: of the bootstrap.
       drop: leave unusable rows out instead of raising.
 
@@ -72,6 +71,7 @@ def isoflop(
     notices = list(rows.notices)
     table_rows, draws = [], np.full((bootstrap, len(groups)), np.nan)
     loss_draws = draws.copy()
+    accepted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for g, group in enumerate(groups):
         x, y = np.log(N[group]), L[group]
         near = np.abs(x - x[y.argmin()]) <= np.log(NEAR) + 1e-9
@@ -83,11 +83,14 @@ def isoflop(
             row["params"] = row["loss"] = np.nan
             notices.append(_refusal(code, C[g], reason, np.array(rows.names)[order[group]].tolist(), notices))
         else:
-            draws[:, g], loss_draws[:, g] = _vertex_draws(x, y, bootstrap, rng)
+            accepted[g] = (x, y)
         row["coefficients"] = vertex[2] if reason != "fewer than three sizes" else None
         row["lowest_params"], row["highest_params"] = float(np.exp(x.min())), float(np.exp(x.max()))
         table_rows.append(row)
     notices = _merge(notices)
+    spare = sum(len(x) - 3 for x, _ in accepted.values())
+    for g, (at, value) in _vertex_draws(accepted, spare, bootstrap, rng).items():
+        draws[:, g], loss_draws[:, g] = at, value
 
     vertices = pd.DataFrame(table_rows).drop(columns="coefficients")
     log_c = np.log(C)
@@ -100,7 +103,7 @@ def isoflop(
         "rows_in_table": len(rows.position),
         "budgets": len(groups),
         "budgets_used": sum(not r["reason"] for r in table_rows),
-        "bootstrap": "runs within budgets",
+        "bootstrap": f"residuals of runs, {spare} degrees of freedom",
         "draws": int(bootstrap),
         "draws_failed": int((~np.isfinite(samples).all(1)).sum()),
         "seed": int(seed),
@@ -117,6 +120,17 @@ def isoflop(
                 "needed for the exponents, so none are given.",
                 "add sizes to the refused budgets, or budgets.",
                 {"budgets": len(groups), "used": record["budgets_used"]},
+            )
+        )
+    elif bootstrap and not spare:
+        notices.append(
+            Notice(
+                "no-spare-sizes",
+                "warning",
+                "every budget has just the three sizes that its parabola needs: nothing tells the noise, so there are "
+                "no intervals.",
+                "train four sizes or more at a budget.",
+                {"spare": spare},
             )
         )
     elif (lost := int((~np.isfinite(draws[:, vertices["used"]]).all(1)).sum())) > 0.05 * max(1, bootstrap):
@@ -153,26 +167,42 @@ def parabola(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[tu
     return (float(at), float(value), curve), "", ""
 
 
-def _vertex_draws(x: np.ndarray, y: np.ndarray, draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """ln N* and loss* of each resample of one budget's runs; NaN where the resample has no minimum inside."""
-    picked = rng.integers(len(x), size=(draws, len(x)))
-    for _ in range(ROUNDS):
-        short = np.array([len(np.unique(p)) < 3 for p in x.round(3)[picked]], bool)
-        if not short.any():
-            break
-        picked[short] = rng.integers(len(x), size=(int(short.sum()), len(x)))
-    centre = x.mean()
-    basis = np.stack([(x - centre) ** 2, x - centre, np.ones_like(x)], axis=1)
-    design, target = basis[picked], y[picked]
-    gram = np.einsum("rni,rnj->rij", design, design)
-    scale = np.sqrt(np.maximum(np.einsum("rii->ri", gram), 1e-300))
-    gram = gram / (scale[:, :, None] * scale[:, None, :]) + 1e-14 * np.eye(3)
-    right = np.einsum("rni,rn->ri", design, target) / scale
-    c2, c1, c0 = (np.linalg.solve(gram, right[..., None])[..., 0] / scale).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        at, value = -c1 / (2 * c2), c0 - c1**2 / (4 * c2)
-    inside = (c2 > 0) & (at > (x - centre).min()) & (at < (x - centre).max())
-    return np.where(inside, at + centre, np.nan), np.where(inside, value, np.nan)
+def _vertex_draws(
+    points: dict[int, tuple[np.ndarray, np.ndarray]], spare: int, draws: int, rng: np.random.Generator
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """ln N* and loss* of each draw, per budget; NaN where a draw has no minimum inside, or with no spare rows at all.
+
+    The runs' relative residuals, corrected for leverage and pooled over budgets, are drawn with replacement and added
+    to the parabolas. Their scale is uncertain too, with `spare` degrees of freedom: each draw stretches it by
+    sqrt(spare / chi2), without which intervals from four sizes a budget hold the truth far too seldom. (Resampling
+    the runs themselves leaves three or four points of four and covers worse still.)
+    """
+    if spare < 1 or not draws:
+        return {}
+    parts, pool, squares = {}, [], 0.0
+    for g, (x, y) in points.items():
+        basis = np.stack([(x - x.mean()) ** 2, x - x.mean(), np.ones_like(x)], axis=1)
+        solve = np.linalg.pinv(basis)
+        fitted, leverage = basis @ (solve @ y), np.einsum("ij,ji->i", basis, solve)
+        residual = (y - fitted) / y.mean()
+        squares += float((residual**2).sum())
+        free = leverage < 0.999
+        pool.append(residual[free] / np.sqrt(1 - leverage[free]))
+        parts[g] = (x, fitted, solve, y.mean())
+    noise = np.concatenate(pool)
+    noise = noise - noise.mean()
+    noise *= np.sqrt(squares / spare) / max(float(noise.std()), 1e-300)
+    stretch = np.sqrt(spare / rng.chisquare(spare, size=(draws, 1)))
+    out = {}
+    for g, (x, fitted, solve, level) in parts.items():
+        y = fitted + level * stretch * rng.choice(noise, size=(draws, len(x)))
+        c2, c1, c0 = solve @ y.T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at, value = -c1 / (2 * c2), c0 - c1**2 / (4 * c2)
+        dx = x - x.mean()
+        inside = (c2 > 0) & (at > dx.min()) & (at < dx.max())
+        out[g] = (np.where(inside, at + x.mean(), np.nan), np.where(inside, value, np.nan))
+    return out
 
 
 def _power_laws(log_c: np.ndarray, log_n: Float[np.ndarray, "R g"], cost: Any) -> Float[np.ndarray, "R 4"]:
@@ -245,7 +275,7 @@ class IsoflopFit(Result):
 
     @property
     def vertices(self) -> pd.DataFrame:
-        """One row per budget, smallest first; intervals are 95 % percentiles over resampled runs."""
+        """One row per budget, smallest first; intervals are 95 % percentiles over draws."""
         frame = self._raw.copy()
         C, known = frame["flops"].to_numpy(), frame["params"].notna().to_numpy()
         frame["tokens"] = np.nan

@@ -40,6 +40,27 @@ def test_intervals_hold_the_truth_under_noise():
     assert np.mean(inside) >= 0.75
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [4, 6])
+def test_coverage(sizes):
+    """Four sizes a budget leave one spare row each: the intervals must be as wide as that."""
+    inside = []
+    for seed in range(150):
+        fit = laws.isoflop(sweep(sizes=sizes, noise=0.003, seed=seed), bootstrap=300)
+        if fit.ok:
+            interval = fit.conf_int()
+            inside.append(interval.lower.a <= A <= interval.upper.a)
+    assert len(inside) > 140
+    assert 0.9 <= np.mean(inside) <= 0.995
+
+
+def test_three_sizes_a_budget_have_no_intervals():
+    fit = laws.isoflop(sweep(sizes=3), bootstrap=50)
+    assert "no-spare-sizes" in codes(fit)
+    assert fit.params.notna().all()
+    assert fit.conf_int().isna().all().all()
+
+
 def test_optimum_of_the_power_laws():
     fit = laws.isoflop(sweep(noise=0.002, spread=3), bootstrap=200)
     best = fit.optimal([1e18, 1e19])
