@@ -1,8 +1,8 @@
 """Configs: argument strings and overrides -> a validated ConfigDict -> a frozen, hashed RunSpec.
 
 A config file defines `get_config(arg="")` and returns a locked `ml_collections.ConfigDict` that starts from
-`base()`; every field is reachable from the command line as `--config.section.field=value`. What can be wrong with
-a config is said before anything is compiled, as `errors.BadInput`.
+`schema.base()`; every field is reachable from the command line as `--config.section.field=value`. What can be wrong
+with a config is said before anything is compiled, as `errors.BadInput`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -24,109 +23,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scalelab.errors import BadInput
+from scalelab.schema import ADDED_LATER, OUTSIDE_ID, base, suggest, validate
+
+__all__ = ["ConfigFile", "RunSpec", "base", "finish", "load", "load_file", "override", "parse_arg", "validate"]
 
 SCHEMA = 1
-
-# ------------------------------------------------------------------------------------------------ the schema
-
-
-def base() -> ConfigDict:
-    """Every field that a run has, with its default. Types are those of the defaults; all fields are required."""
-    config = ConfigDict()
-    config.family = "transformer"  # what the record calls the architecture
-    config.seed = 0  # initialisation
-    config.data_seed = 0  # order of the training data; runs that share it are paired
-
-    config.model = ConfigDict(
-        {
-            "vocab_size": 0,  # 0: that of the tokenizer
-            "width": 256,
-            "layers": 4,  # prefix + whole repeats of `blocks` + suffix
-            # Each entry: (sequence mixer, channel mixer or "none"[, {option: value} over the mixer's section]).
-            "prefix": (),
-            "blocks": (("attention", "mlp"),),
-            "suffix": (),
-            "norm": "rmsnorm",  # rmsnorm | layernorm
-            "norm_eps": 1e-6,
-            "placement": "pre",  # pre | post | peri | out
-            "embed_norm": False,
-            "tied_embeddings": True,
-            "logit_cap": 0.0,  # 0: none
-            "init": "normal",  # normal | small | fan_in
-            "init_std": 0.02,  # for `normal`
-            "compute_dtype": "bfloat16",  # parameters are float32 always
-            "remat": "none",  # none | dots | full
-            "loss_chunk": 1024,  # tokens whose logits exist at one time
-            "attention": {
-                "heads": 4,
-                "kv_heads": 4,
-                "head_dim": 64,
-                "rope_theta": 10000.0,  # 0: no rotation
-                "qk_norm": False,
-                "window": 0,  # 0: none; counts the token itself
-                "soft_cap": 0.0,  # 0: none
-                "bias": False,
-            },
-            "mlp": {"kind": "swiglu", "hidden": 704, "bias": False},  # swiglu | gelu
-        }
-    )
-    config.data = ConfigDict(
-        {
-            # name -> kind (text | tokens | synthetic), path ("": the embedded corpus), weight in the mixture
-            "sources": {"stdlib": {"kind": "text", "path": "", "weight": 1.0}},
-            "tokenizer": "bytes",  # for `text`; token shards bring their own
-            "seq_len": 256,
-            "batch_size": 16,  # sequences in a global batch
-            "document_mask": True,  # attention stays inside documents
-            "held_out_tokens": 131072,  # at most, per source; whole documents
-            "threads": 2,  # that read ahead
-        }
-    )
-    config.optim = ConfigDict(
-        {
-            "name": "adamw",
-            "lr": 3e-3,
-            "schedule": "cosine",  # cosine | wsd | constant
-            "warmup": 0.05,  # share of the steps
-            "cooldown": 0.2,  # share of the steps, for wsd
-            "final_lr": 0.1,  # share of the peak
-            "beta1": 0.9,
-            "beta2": 0.95,
-            "eps": 1e-8,
-            "weight_decay": 0.1,  # times the learning rate, as in optax and torch
-            "decay_embeddings": False,
-            "clip": 1.0,  # global gradient norm; 0: none
-        }
-    )
-    config.train = ConfigDict(
-        {
-            "steps": 1000,
-            "accum_steps": 1,  # parts that a global batch is cut into, one after the other
-            "z_loss": 0.0,
-            "eval_every": 0.1,  # share of the steps between held-out evaluations; the last step always has one
-            "diverge_above": 2.0,  # times ln(vocabulary): after warm-up, a loss above it ends the run
-        }
-    )
-    config.checkpoint = ConfigDict(
-        {
-            "every_s": 120.0,  # seconds between checkpoints; 0: only where asked by `keep_at`
-            "every": 0,  # steps between checkpoints, on top of the clock; 0: off
-            "keep_last": 2,
-            "keep_at": (),  # steps whose checkpoints stay
-            "final": "weights",  # of a finished run stay: weights | all | nothing
-        }
-    )
-    config.log = ConfigDict({"wandb": "", "tensorboard": False})  # wandb: online | offline
-    config.mesh = ConfigDict({"data": 0})  # devices along the batch; 0: all
-    config.runs = "runs"  # folder of run directories
-    return config
-
-
-# What a run is, is independent of where, how visibly and how safely it runs: these never enter its id. Nor does the
-# tokenizer's name, which may be a path: the content hashes know the tokenizer.
-OUTSIDE_ID = ("checkpoint", "log", "mesh", "runs", "data.threads", "data.tokenizer")
-# Fields added after schema 1, with the default under which the older runs ran: left out of the id where equal.
-ADDED_LATER: dict[str, Any] = {}
 
 # ------------------------------------------------------------------------------------------------ argument strings
 
@@ -141,7 +42,7 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     for item in filter(None, (part.strip() for part in arg.split(","))):
         name, eq, text = item.partition("=")
         if name not in defaults:
-            raise BadInput(f"config argument {name}", text if eq else True, _suggest(name, defaults))
+            raise BadInput(f"config argument {name}", text if eq else True, suggest(name, defaults))
         default = defaults[name]
         if isinstance(default, tuple):
             kind = type(default[0]) if default else str
@@ -149,12 +50,6 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
         else:
             values[name] = _convert(f"config argument {name}", text if eq else "true", type(default))
     return ConfigDict(values)
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return (f"no such field; did you mean {near[0]}? " if near else "no such field; ") + "known: " + ", ".join(known)
 
 
 def _convert(field: str, text: str, kind: type) -> Any:
@@ -277,14 +172,14 @@ def _assign(config: ConfigDict, dotted: str, value: Any) -> None:
                     node[name] = ConfigDict({"kind": "text", "path": "", "weight": 1.0})
             else:
                 fields = node.keys() if isinstance(node, ConfigDict) else ()
-                raise BadInput(f"config.{dotted}", value, _suggest(name, fields))
+                raise BadInput(f"config.{dotted}", value, suggest(name, fields))
         node = node[name]
     if not isinstance(node, ConfigDict) or last not in node:
         if sections == ["data", "sources"] and isinstance(value, Mapping):
             with node.unlocked():
                 node[last] = ConfigDict({"kind": "text", "path": "", "weight": 1.0} | dict(value))
             return
-        raise BadInput(f"config.{dotted}", value, _suggest(last, node.keys() if isinstance(node, ConfigDict) else ()))
+        raise BadInput(f"config.{dotted}", value, suggest(last, node.keys() if isinstance(node, ConfigDict) else ()))
     old = node[last]
     if isinstance(old, ConfigDict):
         if dotted == "data.sources" and isinstance(value, str | Mapping):
@@ -306,92 +201,6 @@ def _assign(config: ConfigDict, dotted: str, value: Any) -> None:
     if type(value) is not type(old):
         raise BadInput(f"config.{dotted}", value, f"must be of type {type(old).__name__}, as {old!r}")
     node[last] = value
-
-
-# ------------------------------------------------------------------------------------------------ validation
-
-
-def choice(field: str, value: str, allowed: Iterable[str]) -> None:
-    allowed = tuple(allowed)
-    if value not in allowed:
-        raise BadInput(f"config.{field}", value, f"must be one of {', '.join(allowed)}")
-
-
-def at_least(field: str, value: float, least: float, *, above: bool = False) -> None:
-    if not math.isfinite(value) or value < least or (above and value == least):
-        raise BadInput(f"config.{field}", value, f"must be {'above' if above else 'at least'} {least}")
-
-
-def between(field: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise BadInput(f"config.{field}", value, f"must lie in [{low}, {high}]")
-
-
-def validate(config: ConfigDict) -> None:
-    """Checks that need no model and no data. `models.validate` and `data.open` hold their own."""
-    _check_schema(config)
-    data, optim, train = config.data, config.optim, config.train
-    for field in ("seq_len", "batch_size", "held_out_tokens", "threads"):
-        at_least(f"data.{field}", data[field], 1)
-    if not data.sources:
-        raise BadInput("config.data.sources", {}, "needs at least one source")
-    for name, source in data.sources.items():
-        choice(f"data.sources.{name}.kind", source.kind, ("text", "tokens", "synthetic"))
-        at_least(f"data.sources.{name}.weight", source.weight, 0, above=True)
-    choice("optim.name", optim.name, ("adamw",))
-    choice("optim.schedule", optim.schedule, ("cosine", "wsd", "constant"))
-    at_least("optim.lr", optim.lr, 0, above=True)
-    at_least("optim.eps", optim.eps, 0, above=True)
-    for field in ("weight_decay", "clip"):
-        at_least(f"optim.{field}", optim[field], 0)
-    for field in ("warmup", "cooldown", "final_lr", "beta1", "beta2"):
-        between(f"optim.{field}", optim[field], 0, 1)
-    if optim.schedule == "wsd" and optim.warmup + optim.cooldown > 1:
-        raise BadInput("config.optim.cooldown", optim.cooldown, f"warmup {optim.warmup} + cooldown must not exceed 1")
-    at_least("train.steps", train.steps, 1)
-    at_least("train.accum_steps", train.accum_steps, 1)
-    at_least("train.z_loss", train.z_loss, 0)
-    between("train.eval_every", train.eval_every, 0, 1)
-    at_least("train.diverge_above", train.diverge_above, 0, above=True)
-    if data.batch_size % train.accum_steps:
-        raise BadInput(
-            "config.train.accum_steps", train.accum_steps, f"must divide data.batch_size = {data.batch_size}"
-        )
-    for field in ("every_s", "every"):
-        at_least(f"checkpoint.{field}", config.checkpoint[field], 0)
-    at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    choice("checkpoint.final", config.checkpoint.final, ("weights", "all", "nothing"))
-    for step in config.checkpoint.keep_at:
-        if not isinstance(step, int) or not 0 < step <= train.steps:
-            raise BadInput("config.checkpoint.keep_at", step, f"must be steps from 1 to {train.steps}")
-    choice("log.wandb", config.log.wandb, ("", "online", "offline"))
-    at_least("mesh.data", config.mesh.data, 0)
-    for field in ("seed", "data_seed"):
-        between(field, config[field], 0, 2**32 - 1)
-
-
-def _check_schema(config: ConfigDict) -> None:
-    """The config of a user's file has the fields of `base()`, no other, and of their types."""
-
-    def walk(node: Mapping[str, Any], model: Mapping[str, Any], path: str) -> None:
-        for name, value in node.items():
-            field = f"{path}{name}"
-            if path == "data.sources.":
-                walk(value, {"kind": "", "path": "", "weight": 1.0}, f"{field}.")
-                continue
-            if name not in model:
-                raise BadInput(f"config.{field}", value, _suggest(name, model))
-            if isinstance(model[name], Mapping):
-                if not isinstance(value, Mapping):
-                    raise BadInput(f"config.{field}", value, "is a section")
-                walk(value, model[name], f"{field}.")
-            elif type(value) is not type(model[name]):
-                raise BadInput(f"config.{field}", value, f"must be of type {type(model[name]).__name__}")
-        for name in model:
-            if name not in node and path != "data.sources.":
-                raise BadInput(f"config.{path}{name}", None, f"is missing; the default is {model[name]!r}")
-
-    walk(config.to_dict(), base().to_dict(), "")
 
 
 def load(reference: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:

@@ -39,29 +39,38 @@ def text(
     params = found[1]
 
     context = [corpus.bos, *corpus.tokenizer.encode(prompt)]
-    state = models.merge(graphdef, params).init_state(1, len(context) + tokens)
+
+    def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
+        logits = logits[..., : corpus.vocab_size]  # padding of the vocabulary is never written
+        if temperature == 0:
+            return jnp.argmax(logits, axis=-1)
+        return jax.random.categorical(key, logits / temperature)
+
+    @jax.jit
+    def read(params, context, key):
+        model = models.merge(graphdef, params)
+        logits, state = model.extend(context, model.init_state(1, context.shape[1] + tokens))
+        return choose(logits[:, -1], key), state
 
     @jax.jit
     def step(params, state, token, key):
         logits, state = models.merge(graphdef, params).step(token, state)
-        logits = logits[0, : corpus.vocab_size]  # padding of the vocabulary is never written
-        drawn = jax.random.categorical(key, logits / max(temperature, 1e-6))
-        return state, jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)[None]
+        return choose(logits, key), state
 
     yield prompt
-    token = None
-    for known in context:
-        state, token = step(params, state, jnp.full((1,), known, jnp.int32), jax.random.key(seed))
+    keys = jax.random.split(jax.random.key(seed), tokens)
+    token, state = read(params, jnp.asarray([context], jnp.int32), keys[0])
     written: list[int] = []
     shown = ""
-    for key in jax.random.split(jax.random.key(seed), tokens):
-        value = int(token[0])
-        if value == corpus.bos:
+    for key in keys[1:]:
+        if int(token[0]) == corpus.bos:
             break
-        written.append(value)
+        written.append(int(token[0]))
         # A character may need several tokens: what is not a whole one yet waits.
         now = corpus.tokenizer.decode(written)
         if not now.endswith("\ufffd"):
             yield now[len(shown) :]
             shown = now
-        state, token = step(params, state, token, key)
+        token, state = step(params, state, token, key)
+    if int(token[0]) != corpus.bos:
+        yield corpus.tokenizer.decode([*written, int(token[0])])[len(shown) :]

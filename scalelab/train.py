@@ -8,22 +8,15 @@ after the next one is under way.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import functools
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
 import platform
-import resource
-import signal
 import statistics
-import subprocess
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +31,7 @@ from scalelab.checkpoint import Checkpoints
 from scalelab.config import RunSpec
 from scalelab.errors import BadInput
 from scalelab.evaluate import Evaluator
+from scalelab.host import git_state, peak_flops, peak_memory, stop_signal, use_compilation_cache, utc, versions
 from scalelab.records import RunRecord
 from scalelab.track import MetricsFile, Sink, optional_sinks, say
 
@@ -189,7 +183,7 @@ class Attempt:
 
     def __init__(self, spec: RunSpec, folder: pathlib.Path, corpus: data.Corpus, trainer: Trainer):
         self.began = time.perf_counter()
-        self.started = _utc()
+        self.started = utc()
         self.spec, self.config, self.folder = spec, spec.config, folder
         self.corpus, self.trainer = corpus, trainer
         self.steps = self.config.train.steps
@@ -361,99 +355,14 @@ class Attempt:
             tokens_per_second=batch_tokens / step_seconds if step_seconds else None,
             flops_per_second=rate, mfu=rate / (peak * len(devices)) if rate and peak else None,
             peak_memory=peak_memory(), device=f"{len(devices)} x {devices[0].device_kind}", host=platform.node(),
-            attempts=self.attempts, started=self.started, finished=_utc(), versions=versions(),
+            attempts=self.attempts, started=self.started, finished=utc(), versions=versions(),
             git_commit=commit, git_dirty=dirty,
         )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------ surroundings
 
 
 def write_failure(folder: pathlib.Path, error: BaseException) -> None:
     """Leaves `failure.json` for `scalelab status`; a full disk, which may be the failure itself, is no second one."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    document = {"reason": reason[:500], "traceback": "".join(traceback.format_exception(error)), "time": _utc()}
+    document = {"reason": reason[:500], "traceback": "".join(traceback.format_exception(error)), "time": utc()}
     with contextlib.suppress(OSError):
         records.write_atomically(folder / "failure.json", json.dumps(document, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM or the first SIGINT sets. Elsewhere than in the main thread it is never set."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        if event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice
-        event.set()
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield event
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def cache_folder() -> pathlib.Path:
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "scalelab"
-
-
-def use_compilation_cache() -> None:
-    """XLA's persistent cache, unless the user has chosen one: a sweep's runs of one shape compile once."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-# Dense bf16 FLOP/s per device, from the makers' data sheets.
-_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
-         "TPU v5p": 459e12, "TPU v6 lite": 918e12}  # fmt: skip
-
-
-def peak_flops() -> float | None:
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in _PEAK.items() if name in kind), None)
-
-
-def peak_memory() -> int:
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    names = ("scalelab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-@functools.cache
-def git_state() -> tuple[str | None, bool | None]:
-    """Commit and dirty flag of the repository that tracks this code; failing that, of the working directory's."""
-
-    def git(*arguments: str, folder: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    here = str(pathlib.Path(__file__).parent)
-    folder = here if git("ls-files", "--error-unmatch", pathlib.Path(__file__).name, folder=here) else "."
-    commit = git("rev-parse", "HEAD", folder=folder)
-    status = git("status", "--porcelain", folder=folder)
-    return commit, None if status is None else bool(status)
-
-
-def _utc() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

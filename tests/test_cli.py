@@ -125,9 +125,7 @@ def test_a_sweep_from_plan_to_report(tmp_path, corpus):
     assert "1 diverged" in status.stdout
     assert "1 done" in status.stdout
     run = records.load(tmp_path / path).query("status == 'done'")["id"].item()
-    sample = scalelab(
-        "sample", f"runs/{run}", "--prompt=the loss", "--tokens=20", cwd=tmp_path, env=environment()
-    )
+    sample = scalelab("sample", f"runs/{run}", "--prompt=the loss", "--tokens=20", cwd=tmp_path, env=environment())
     assert sample.stdout.startswith("the loss")
     assert len(sample.stdout) > len("the loss") + 1
 

@@ -162,7 +162,7 @@ def test_a_field_added_later_enters_the_id_only_where_it_differs(monkeypatch):
         new.model.novelty = "off"
         return new
 
-    ORIGINAL = config.base
+    ORIGINAL = base
     monkeypatch.setattr(config, "base", extended)
     monkeypatch.setitem(config.ADDED_LATER, "model.novelty", "off")
     new = extended()

@@ -27,7 +27,9 @@ def test_wandb_is_imported_only_when_asked_and_works_offline(corpus, tmp_path, m
     train.run(tiny_spec(corpus, train__steps=3), tmp_path / "without")
 
     calls = []
-    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end"))
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+    )
     fake = types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     spec = tiny_spec(corpus, train__steps=3, log__wandb="offline")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scalelab import records
-from scalelab.train import stop_signal
+from scalelab.host import stop_signal
 
 STOPPED = 75  # exit status of a run that was asked to stop and can be resumed
 POLL = 0.1  # s

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from scalelab.config import at_least
 from scalelab.errors import BadInput
 from scalelab.models.layers import linear, rms_norm, rope, soft_cap
 from scalelab.models.part import Mixer
 from scalelab.models.spec import Flops, Spec
 from scalelab.parametrization import Tensor
+from scalelab.schema import at_least
 
 
 @dataclasses.dataclass(frozen=True)

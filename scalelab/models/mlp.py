@@ -9,11 +9,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from scalelab.config import at_least, choice
 from scalelab.models.layers import linear, pointwise
 from scalelab.models.part import ChannelMixer
 from scalelab.models.spec import Flops, Spec
 from scalelab.parametrization import Tensor
+from scalelab.schema import at_least, choice
 
 
 @dataclasses.dataclass(frozen=True)

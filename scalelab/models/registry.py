@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from scalelab.config import at_least, choice
 from scalelab.errors import BadInput
 from scalelab.models.attention import Attention
 from scalelab.models.mlp import MLP
 from scalelab.models.part import ChannelMixer, Mixer
 from scalelab.models.spec import BlockSpec, Spec, options
 from scalelab.parametrization import INITS
+from scalelab.schema import at_least, choice
 
 # A name is also that of the mixer's section in `config.model`.
 MIXERS: dict[str, type[Mixer]] = {"attention": Attention}
