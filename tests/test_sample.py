@@ -1,8 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from scalelab import data, models, sample, train
+from scalelab.checkpoint import load_params
 from scalelab.errors import BadInput
 from tests.helpers import small_corpus, tiny_spec
 
@@ -21,14 +23,8 @@ def test_greedy_text_is_what_the_full_pass_prefers(run):
     text = "".join(sample.text(folder, "the ", tokens=12, temperature=0.0))
     corpus = data.open(spec.config.data)
     model = train.resolve(spec.config, corpus)
-    graphdef, shapes = models.abstract(model)
-    from scalelab.checkpoint import load_params
-    from tests.helpers import final_params
-
+    _, shapes = models.abstract(model)
     assert text.startswith("the ")
-    assert final_params(folder)
-    import jax
-
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     _, params = load_params(folder, shapes)
