@@ -83,7 +83,7 @@ def counts(config: Any) -> Counts:
     of_role = {"embedding": 0, "unembedding": 0}
     for path, tensor in leaves:
         assert isinstance(tensor, Tensor)
-        times = spec.repeats if path[0].key == "period" else 1
+        times = spec.copies(path[0].key)
         total += times * tensor.size
         active += times * tensor.active_size
         if tensor.role in of_role:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,10 @@ class Tensor:
         return self.size if self.active is None else self.active
 
 
+# (tensor, axes in front that hold independent copies: the layers of a scanned stack) -> float32 values.
+Source = Callable[..., Array]
+
+
 @dataclasses.dataclass(frozen=True)
 class Init:
     """How matrices start (standard parametrisation).
@@ -63,12 +68,23 @@ class Init:
             return 2 / (self.branches * math.sqrt(self.width)) if tensor.residual else math.sqrt(2 / (5 * self.width))
         return 1 / math.sqrt(tensor.fan_in)
 
-    def draw(self, key: jax.Array, tensor: Tensor, lead: tuple[int, ...] = ()) -> Array:
-        """float32 values of the tensor; `lead` axes in front hold independent copies (layers of a scanned stack)."""
-        shape = (*lead, *tensor.shape)
-        if tensor.role == "vector":
-            return jnp.full(shape, tensor.fill, jnp.float32)
-        return self.std_of(tensor) * jax.random.normal(key, shape, jnp.float32)
+    def source(self, key: jax.Array, size: int) -> Source:
+        """Draws the matrices of a model, `size` elements in all, in the order in which it is asked.
+
+        The numbers come from one array for all: to compile a generator for every shape takes seconds a model.
+        """
+        normal, used = jax.random.normal(key, (size,), jnp.float32), 0
+
+        def draw(tensor: Tensor, lead: tuple[int, ...] = ()) -> Array:
+            nonlocal used
+            shape = (*lead, *tensor.shape)
+            if tensor.role == "vector":
+                return jnp.full(shape, tensor.fill, jnp.float32)
+            start, used = used, used + math.prod(shape)
+            assert used <= size, (used, size)
+            return self.std_of(tensor) * normal[start:used].reshape(shape)
+
+        return draw
 
 
 def decay_mask(roles: Any, decay_embeddings: bool) -> Any:

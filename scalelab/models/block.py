@@ -15,18 +15,19 @@ from jaxtyping import Array, Float, Int
 from scalelab.models.layers import Norm
 from scalelab.models.registry import CHANNELS, MIXERS
 from scalelab.models.spec import BlockSpec, Flops, Spec
+from scalelab.parametrization import Source
 
 NORMS = {"pre": ("norm",), "post": ("norm",), "peri": ("norm", "norm_out"), "out": ("norm_out",)}
 
 
 class Block(nnx.Module):
-    def __init__(self, spec: Spec, block: BlockSpec, rngs: nnx.Rngs, lead: tuple[int, ...] = ()):
+    def __init__(self, spec: Spec, block: BlockSpec, draw: Source, lead: tuple[int, ...] = ()):
         self.spec, self.block = spec, block
-        self.mixer = MIXERS[block.mixer](spec, block.mixer_options, rngs, lead)
-        self.mixer_norms = nnx.Dict({name: Norm(spec, None, rngs, lead) for name in NORMS[spec.placement]})
+        self.mixer = MIXERS[block.mixer](spec, block.mixer_options, draw, lead)
+        self.mixer_norms = nnx.Dict({name: Norm(spec, None, draw, lead) for name in NORMS[spec.placement]})
         if block.channel != "none":
-            self.channel = CHANNELS[block.channel](spec, block.channel_options, rngs, lead)
-            self.channel_norms = nnx.Dict({name: Norm(spec, None, rngs, lead) for name in NORMS[spec.placement]})
+            self.channel = CHANNELS[block.channel](spec, block.channel_options, draw, lead)
+            self.channel_norms = nnx.Dict({name: Norm(spec, None, draw, lead) for name in NORMS[spec.placement]})
 
     @staticmethod
     def tensors(spec: Spec, block: BlockSpec) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from scalelab.models.block import Block
 from scalelab.models.layers import Norm, soft_cap
 from scalelab.models.registry import resolve
 from scalelab.models.spec import BlockSpec, Spec
-from scalelab.parametrization import Tensor
+from scalelab.parametrization import Source, Tensor
 
 Params = dict[str, Any]  # nested, of raw arrays; the repeated period's have a leading axis, one entry a repeat
 
@@ -28,17 +28,17 @@ class LanguageModel(nnx.Module):
     embed: nnx.Param
     unembed: nnx.Param
 
-    def __init__(self, spec: Spec, rngs: nnx.Rngs):
+    def __init__(self, spec: Spec, draw: Source):
         self.spec = spec
         for name, tensor in _outer_tensors(spec).items():
-            setattr(self, name, nnx.Param(spec.init.draw(rngs.params(), tensor)))
+            setattr(self, name, nnx.Param(draw(tensor)))
         if spec.embed_norm:
-            self.embed_norm = Norm(spec, None, rngs)
-        self.prefix = _blocks(spec, spec.prefix, rngs)
-        self.period = _blocks(spec, spec.period, rngs, (spec.repeats,))
-        self.suffix = _blocks(spec, spec.suffix, rngs)
+            self.embed_norm = Norm(spec, None, draw)
+        self.prefix = _blocks(spec, spec.prefix, draw)
+        self.period = _blocks(spec, spec.period, draw, (spec.repeats,))
+        self.suffix = _blocks(spec, spec.suffix, draw)
         if spec.placement != "post":
-            self.final_norm = Norm(spec, None, rngs)
+            self.final_norm = Norm(spec, None, draw)
 
     @staticmethod
     def tensors(spec: Spec) -> dict[str, Any]:
@@ -180,8 +180,8 @@ def _outer_tensors(spec: Spec) -> dict[str, Tensor]:
     return tensors if spec.tied_embeddings else tensors | {"unembed": Tensor((D, V), "unembedding", fan_in=D)}
 
 
-def _blocks(spec: Spec, blocks: tuple[BlockSpec, ...], rngs: nnx.Rngs, lead: tuple[int, ...] = ()) -> Any:
-    return nnx.Dict({str(i): Block(spec, block, rngs, lead) for i, block in enumerate(blocks)})
+def _blocks(spec: Spec, blocks: tuple[BlockSpec, ...], draw: Source, lead: tuple[int, ...] = ()) -> Any:
+    return nnx.Dict({str(i): Block(spec, block, draw, lead) for i, block in enumerate(blocks)})
 
 
 def _remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
@@ -203,7 +203,10 @@ def _sum_of_losses(aux: dict[str, Any]) -> Float[Array, ""]:
 
 def build(config: Any, rngs: nnx.Rngs) -> LanguageModel:
     """The model of a config (its `model` section, vocabulary known), parameters drawn. Raises `BadInput`."""
-    return LanguageModel(resolve(config), rngs)
+    spec = resolve(config)
+    tensors = jax.tree_util.tree_leaves_with_path(LanguageModel.tensors(spec))
+    matrices = [t.size * spec.copies(path[0].key) for path, t in tensors if t.role != "vector"]
+    return LanguageModel(spec, spec.init.source(rngs.params(), sum(matrices)))
 
 
 def split(model: LanguageModel) -> tuple[nnx.GraphDef, Params]:
@@ -223,8 +226,7 @@ def init(config: Any, key: jax.Array) -> Params:
 
 def abstract(config: Any) -> tuple[nnx.GraphDef, Params]:
     """`split(build(...))` with shapes in place of arrays; computes nothing."""
-    spec = resolve(config)
-    return split(nnx.eval_shape(lambda: LanguageModel(spec, nnx.Rngs(0))))
+    return split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))))
 
 
 def logits(config: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

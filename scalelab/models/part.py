@@ -12,17 +12,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from scalelab.models.spec import Flops, Spec
-from scalelab.parametrization import Tensor
+from scalelab.parametrization import Source, Tensor
 
 
 class Part(nnx.Module):
     """A module whose parameters are declared by `tensors(spec, options)`, one float32 `nnx.Param` of the same name
     each. `lead` axes in front of every parameter hold the layers of a scanned stack."""
 
-    def __init__(self, spec: Spec, options: Any, rngs: nnx.Rngs, lead: tuple[int, ...] = ()):
+    def __init__(self, spec: Spec, options: Any, draw: Source, lead: tuple[int, ...] = ()):
         self.spec, self.options = spec, options
         for name, tensor in self.tensors(spec, options).items():
-            setattr(self, name, nnx.Param(spec.init.draw(rngs.params(), tensor, lead)))
+            setattr(self, name, nnx.Param(draw(tensor, lead)))
 
     @staticmethod
     def tensors(spec: Spec, options: Any) -> dict[str, Tensor]:

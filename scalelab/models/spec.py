@@ -46,6 +46,10 @@ class Spec:
     def blocks(self) -> tuple[BlockSpec, ...]:
         return self.prefix + self.period * self.repeats + self.suffix
 
+    def copies(self, part: str) -> int:
+        """How often what is declared once under that top-level name is there."""
+        return self.repeats if part == "period" else 1
+
     @property
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(self.compute_dtype)

@@ -1,0 +1,46 @@
+"""The same loss and gradient on eight devices as on one, in a process of its own (the device count is fixed at
+import)."""
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from scalelab import models
+from scalelab.config import base, override
+
+assert jax.device_count() == 8
+config = override(base(), {"model.vocab_size": 48, "model.width": 32, "model.layers": 2, "model.loss_chunk": 64,
+    "model.compute_dtype": "float32", "model.attention.head_dim": 8, "model.mlp.hidden": 48}).model
+graphdef, _ = models.abstract(config)
+params = jax.jit(lambda key: models.init(config, key))(jax.random.key(0))
+text = jax.random.randint(jax.random.key(1), (16, 32), 0, 48)
+segments = jnp.cumsum(text == 0, axis=1)
+
+def loss(params, text, segments):
+    nll, lse, aux = models.merge(graphdef, params).nll(text, jnp.roll(text, -1, axis=1), segments)
+    return jnp.mean(nll) + 1e-4 * jnp.mean(lse**2) + aux["loss"]
+
+run = jax.jit(jax.value_and_grad(loss))
+want = run(params, text, segments)
+mesh = Mesh(np.array(jax.devices()), ("data",))
+rows, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+arguments = jax.device_put(params, everywhere), jax.device_put(text, rows), jax.device_put(segments, rows)
+got = run(*arguments)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+program = run.lower(*arguments).compile().as_text()
+moves = re.findall(r"= \\S+ (all-gather|all-to-all|collective-permute)", program)
+assert not moves, moves
+print("equal", len(re.findall(r" all-reduce(?:-start)?\\(", program)))
+"""
+
+
+def test_eight_devices_equal_one_and_move_no_activations():
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("equal")

@@ -1,0 +1,9 @@
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """Accelerators round float32 products by default; these tests compare to 1e-5."""
+    with jax.default_matmul_precision("highest"):
+        yield

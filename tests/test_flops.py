@@ -1,0 +1,175 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalelab import flops, models
+from scalelab.config import base, override
+from scalelab.models.registry import resolve
+
+
+def section(**changes):
+    """The model section, float32, with dots in field names written as __."""
+    changes = {"vocab_size": 61, "width": 24, "compute_dtype": "float32", **changes}
+    return override(base(), {f"model.{name.replace('__', '.')}": value for name, value in changes.items()}).model
+
+
+LLAMA_165M = {
+    "vocab_size": 50304,
+    "width": 768,
+    "layers": 12,
+    "tied_embeddings": False,
+    "attention__heads": 6,
+    "attention__kv_heads": 6,
+    "attention__head_dim": 128,
+    "mlp__hidden": 2048,
+}
+# Without its table of learned positions: 1024 x 768 parameters, counted as embedding, no FLOPs.
+GPT2_SMALL = {
+    "vocab_size": 50257,
+    "width": 768,
+    "layers": 12,
+    "norm": "layernorm",
+    "attention__heads": 12,
+    "attention__kv_heads": 12,
+    "attention__head_dim": 64,
+    "attention__rope_theta": 0.0,
+    "attention__bias": True,
+    "mlp__kind": "gelu",
+    "mlp__hidden": 3072,
+    "mlp__bias": True,
+}
+
+
+def test_llama_165m():
+    config = section(**LLAMA_165M)
+    counts, per_token = flops.counts(config), flops.per_token(config, 2048)
+    assert (counts.total, counts.non_embedding) == (162_220_800, 84_953_856)
+    assert counts.active == counts.total
+    assert counts.embedding == counts.unembedding == 50304 * 768
+    assert per_token.forward == 284_903_424
+    assert per_token.training == 3 * 284_903_424
+    assert per_token.forward - per_token.forward_without_unembedding == 2 * 768 * 50304
+    assert flops.state_bytes(config, 2048) == 75_497_472  # 75.5 MB in bfloat16
+
+
+def test_gpt2_small():
+    config = section(**GPT2_SMALL)
+    counts = flops.counts(config)
+    assert (counts.total + 1024 * 768, counts.non_embedding) == (124_439_808, 85_056_000)
+    assert counts.unembedding == 0  # tied
+    assert flops.per_token(config, 1024).forward == 265_956_864
+
+
+@st.composite
+def configs(draw):
+    kv_heads = draw(st.integers(1, 3))
+    window = st.sampled_from([0, 1, 5])
+    block = st.sampled_from([("attention", "mlp"), ("attention", "none"), ("attention", "mlp", {"window": 3})])
+    parts = {name: tuple(draw(st.lists(block, max_size=2))) for name in ("prefix", "suffix")}
+    parts["blocks"] = tuple(draw(st.lists(block, min_size=1, max_size=2)))
+    layers = len(parts["prefix"]) + len(parts["suffix"]) + len(parts["blocks"]) * draw(st.integers(1, 3))
+    return section(
+        **parts,
+        layers=layers,
+        norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
+        placement=draw(st.sampled_from(["pre", "post", "peri", "out"])),
+        embed_norm=draw(st.booleans()),
+        tied_embeddings=draw(st.booleans()),
+        loss_chunk=draw(st.integers(1, 30)),
+        attention__heads=kv_heads * draw(st.integers(1, 2)),
+        attention__kv_heads=kv_heads,
+        attention__head_dim=2 * draw(st.integers(1, 4)),
+        attention__qk_norm=draw(st.booleans()),
+        attention__bias=draw(st.booleans()),
+        attention__window=draw(window),
+        attention__soft_cap=draw(st.sampled_from([0.0, 20.0])),
+        mlp__kind=draw(st.sampled_from(["swiglu", "gelu"])),
+        mlp__hidden=draw(st.integers(1, 40)),
+        mlp__bias=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(configs())
+def test_counts_are_the_sum_of_the_leaves_and_the_formula(config):
+    _, params = models.abstract(config)
+    counts = flops.counts(config)
+    assert counts.total == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert counts.embedding == params["embed"].size
+
+    a, m, D = config.attention, config.mlp, config.width
+    H, Hk, d, F = a.heads, a.kv_heads, a.head_dim, m.hidden
+    norm = D * (2 if config.norm == "layernorm" else 1) * (2 if config.placement == "peri" else 1)
+    attention = 2 * D * H * d + 2 * D * Hk * d + a.qk_norm * 2 * d + a.bias * ((H + 2 * Hk) * d + D) + norm
+    mlp = (3 if m.kind == "swiglu" else 2) * D * F + m.bias * ((2 if m.kind == "swiglu" else 1) * F + D) + norm
+    assert counts.unembedding == (0 if config.tied_embeddings else D * config.vocab_size)
+    blocks = resolve(config).blocks
+    one_norm = D * (2 if config.norm == "layernorm" else 1)
+    outside = one_norm * ((config.placement != "post") + config.embed_norm)
+    body = len(blocks) * attention + sum(block.channel == "mlp" for block in blocks) * mlp
+    assert counts.non_embedding == body + outside
+
+
+@settings(max_examples=8, deadline=None)
+@given(configs(), st.integers(1, 9), st.integers(1, 3))
+def test_matrix_products_equal_those_of_the_jaxpr(config, T, B):
+    graphdef, params = models.abstract(config)
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    want = B * T * flops.per_token(config, T).matmul_forward
+    assert flops.jaxpr_matmul_flops(lambda p, t: models.logits(config, p, t), params, tokens) == want
+    assert flops.jaxpr_matmul_flops(lambda p, t: models.merge(graphdef, p).nll(t, t)[0], params, tokens) == want
+
+    # Backward: twice the forward, and the chunked loss computes its logits again.
+    def loss(p, t):
+        return models.merge(graphdef, p).nll(t, t)[0].sum()
+
+    again = B * T * 2 * config.width * config.vocab_size
+    assert flops.jaxpr_matmul_flops(jax.grad(loss), params, tokens) == 3 * want + again
+
+
+@settings(max_examples=30, deadline=None)
+@given(configs(), st.integers(1, 12))
+def test_decoding_a_sequence_costs_its_forward_pass(config, T):
+    total = sum(flops.decode_per_token(config, context) for context in range(1, T + 1))
+    assert total == pytest.approx(T * flops.per_token(config, T).forward, rel=1e-12)
+
+
+@pytest.mark.parametrize("window", [0, 3, 50])
+def test_state_bytes_are_those_of_the_caches(window):
+    config = section(blocks=(("attention", "mlp", {"window": window}), ("attention", "none")), prefix=())
+    graphdef, params = models.abstract(config)
+    state = jax.eval_shape(lambda p: models.merge(graphdef, p).init_state(1, 7), params)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    caches = [leaf for path, leaf in leaves if path[-1].key in ("k", "v")]
+    assert flops.state_bytes(config, 7, dtype_bytes=4) == sum(4 * leaf.size for leaf in caches)
+
+
+def test_window_counts_itself():
+    one = flops.per_token(section(attention__window=1), 10).forward
+    none = flops.per_token(section(), 10).forward
+    assert none - one == 4 * 4 * (4 * 64) * (11 / 2 - 1)  # 4 layers x 4 H d (kbar - 1)
+
+
+def test_conventions():
+    config = section(**LLAMA_165M)
+    got = flops.conventions(config, 2048, 1e9)
+    assert got == {
+        "flops": 3 * 284_903_424 * 1e9,
+        "flops_6n": 6 * 162_220_800 * 1e9,
+        "flops_6n_non_embedding": 6 * 84_953_856 * 1e9,
+    }
+
+
+def test_jaxpr_count_of_known_programs():
+    a, b = jnp.ones((2, 3, 5)), jnp.ones((2, 5, 7))
+    product = 2 * 2 * 3 * 5 * 7
+    count = flops.jaxpr_matmul_flops
+    assert count(jnp.matmul, a, b) == product
+    assert count(jax.jit(jax.checkpoint(jnp.matmul)), a, b) == product
+    square = jnp.ones((4, 4))
+    assert count(lambda x: jax.lax.scan(lambda c, _: (c @ c, c @ x), x, None, length=6), square) == 6 * 2 * 2 * 4**3
+    assert count(lambda p, x: jax.lax.cond(p, lambda x: x @ x, lambda x: x, x), True, square) == 2 * 4**3
+    with pytest.raises(NotImplementedError, match="while"):
+        count(lambda x: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ x, x), square)
