@@ -21,7 +21,7 @@ from scalelab.config import load_file, override, parse_arg
 from scalelab.errors import BadInput
 
 DEFAULTS: dict[str, Any] = {
-    "budgets": (4e11, 8e11, 1.6e12), "sizes": 4, "ratio": 20.0, "span": 8.0, "seeds": 1, "data": "",
+    "budgets": (1.5e11, 4.5e11, 1.35e12), "sizes": 4, "ratio": 50.0, "span": 8.0, "seeds": 1, "data": "",
     "tokenizer": "bytes", "dtype": "float32",
 }  # fmt: skip
 
@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
 def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, **DEFAULTS)
     config = load_file("transformer").get_config(f"data={args.data},tokenizer={args.tokenizer},dtype={args.dtype}")
-    changes = {"data.seq_len": 128, "data.batch_size": 16, "data.held_out_tokens": 32768, "train.eval_every": 0.25}
+    changes = {"data.seq_len": 128, "data.batch_size": 4, "data.held_out_tokens": 65536, "train.eval_every": 0.34}
     return override(config, changes).lock()
 
 

@@ -13,7 +13,7 @@ from scalelab.errors import BadInput
 
 def transformer_shape(width: int) -> dict[str, Any]:
     """Shape of a SwiGLU Transformer of a width: one layer per 64 of width (at least 2), F = 8/3 D."""
-    head_dim = 64 if width % 64 == 0 and width >= 256 else 32 if width % 32 == 0 else 16
+    head_dim = 64 if width % 64 == 0 and width >= 256 else next(d for d in (32, 16, 8) if width % d == 0)
     grain = 64 if width >= 256 else 16
     heads = width // head_dim
     return {
@@ -35,12 +35,12 @@ def transformer_params(shape: dict[str, Any]) -> int:
 def transformer(params: float) -> dict[str, Any]:
     """The shape whose non-embedding parameters come nearest to `params` (in ratio), and a learning rate for it.
 
-    Widths are multiples of 16 up to 256, of 64 above. Raises `BadInput` below the smallest shape.
+    Widths are multiples of 8 up to 64, of 16 up to 256, of 64 above. Raises `BadInput` below the smallest shape.
     """
     smallest = transformer_params(transformer_shape(16))
     if params < smallest / 2:
         raise BadInput("params", params, f"the smallest Transformer of the recipe has {smallest} parameters")
-    widths = [*range(16, 256, 16), *range(256, 16385, 64)]
+    widths = [*range(16, 64, 8), *range(64, 256, 16), *range(256, 16385, 64)]
     shape = min(map(transformer_shape, widths), key=lambda s: abs(math.log(transformer_params(s) / params)))
     return {**shape, "optim.lr": learning_rate(shape["model.width"])}
 

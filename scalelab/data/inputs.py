@@ -20,6 +20,8 @@ from typing import Any
 from scalelab.data import text
 from scalelab.errors import BadInput, FeatureMissing
 
+# Fewer text files than this are cut in pieces, so that there is something to hold out; otherwise a file is a document.
+FEW_FILES = 64
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 FIELD = "data build INPUT"
 
@@ -74,8 +76,8 @@ def find(names: Iterable[str]) -> list[Input]:
     if not found:
         raise BadInput(FIELD, "", "name at least one file, folder or data set")
     plain = [item for item in found if item.kind == ".txt"]
-    if len(plain) < text.FEW_FILES:
-        piece = text.piece_size(sum(item.size for item in plain))
+    if len(plain) < FEW_FILES:
+        piece = text.piece_size(sum(item.size for item in plain), FEW_FILES, 1024)
         found = [dataclasses.replace(item, piece=piece) if item.kind == ".txt" else item for item in found]
     return found
 

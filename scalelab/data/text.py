@@ -2,8 +2,9 @@
 
 Path "" is the embedded corpus, Python's own standard library.
 
-A document is a file. A corpus of fewer than `FEW_FILES` files is cut, at line ends, into pieces that act as documents
-(at most `PIECE` bytes, less where the corpus is small), so that even one file has a held-out part.
+A document is a file. A corpus of fewer than `FEW_FILES` files is cut, at line ends, into about that many pieces that
+act as documents (2 to 16 KiB each): one file has a held-out part too, and a held-out loss is the mean over many
+documents instead of the luck of a few. For longer documents than that, build shards.
 
 Documents stand in the order of the SHA-256 of their content, and those whose hash, read as a fraction, lies below
 `HELD_OUT_SHARE` are held out: whether a document is held out depends on nothing but what it says, so copies of it,
@@ -30,7 +31,7 @@ from scalelab.data.stream import TokenSource
 from scalelab.errors import BadInput
 
 HELD_OUT_SHARE = 0.03  # of the documents, by hash
-FEW_FILES = 64
+FEW_FILES = 4096
 PIECE = 16 * 1024  # bytes
 
 # Of the standard library: tests and what is installed next to it stay out. So does _sysconfigdata*.py, which the
@@ -127,9 +128,9 @@ def files(root: pathlib.Path, field: str) -> Iterator[pathlib.Path]:
                 yield file
 
 
-def piece_size(total: int) -> int:
+def piece_size(total: int, wanted: int = FEW_FILES, least: int = 2048) -> int:
     """Bytes of the pieces that a corpus of few files, of so many bytes together, is cut into."""
-    return min(PIECE, max(1024, total // FEW_FILES))
+    return min(PIECE, max(least, total // wanted))
 
 
 def pieces(text: bytes | mmap.mmap, size: int) -> Iterator[bytes]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from scalelab import data
+from scalelab.data import text
 from scalelab.data.corpus import Mixture
 from scalelab.errors import BadInput
 
@@ -64,8 +65,8 @@ def test_batches_never_change(tmp_path, settings):
     batches = corpus.batches(seed=7)
     assert isinstance(batches, grain.MapDataset)
     digest = hashlib.sha256(b"".join(batches[step].astype("<i4").tobytes() for step in (0, 1, 500)))
-    assert digest.hexdigest()[:16] == "f6a06009a9307a5c"
-    assert corpus.content["a"][:16] == "de8982258cfc4198"
+    assert digest.hexdigest()[:16] == "e1f32883948d47e6"
+    assert corpus.content["a"][:16] == "6d2ab8071334d1be"
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -93,7 +94,8 @@ def test_each_window_comes_once_an_epoch_in_another_order(folder, settings):
     assert not np.array_equal(other, second)
 
 
-def test_training_windows_are_whole_documents_and_none_that_is_held_out(folder, settings, held_texts):
+def test_training_windows_are_whole_documents_and_none_that_is_held_out(folder, settings, held_texts, monkeypatch):
+    monkeypatch.setattr(text, "FEW_FILES", 64)  # whole files are documents
     corpus = data.open(settings({"a": folder}, seq_len=50, batch_size=1, held_out_tokens=10**9))
     n = corpus.unique_tokens // 50
     rows = {tuple(row[:50].tolist()): row for row in served(corpus, 0, n)}
@@ -242,7 +244,8 @@ def test_a_stream_that_is_dropped_or_fails_leaves_no_thread(folder, settings):
     assert threading.active_count() == before
 
 
-def test_the_description_is_json(folder, settings):
+def test_the_description_is_json(folder, settings, monkeypatch):
+    monkeypatch.setattr(text, "FEW_FILES", 64)
     sources = {"a": {"kind": "text", "path": str(folder), "weight": 2.0}}
     description = data.open(settings(sources)).description
     assert json.loads(json.dumps(description, allow_nan=False)) == description
