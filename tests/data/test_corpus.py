@@ -193,8 +193,8 @@ def test_a_copy_in_another_source_is_held_out_there_too(folder, tmp_path, settin
     held = held_texts(corpus)["a"]
     copies = tmp_path / "copies"
     copies.mkdir()
-    for i, text in enumerate([*held, *sorted(documents(folder))[:100]]):
-        (copies / f"{i}.txt").write_bytes(text)
+    for i, content in enumerate([*held, *sorted(documents(folder))[:100]]):
+        (copies / f"{i}.txt").write_bytes(content)
     both = data.open(settings({"a": folder, "b": copies}, seq_len=32, batch_size=1, held_out_tokens=10**9))
     assert set(held) <= set(held_texts(both)["b"])
     for source in both.sources.values():
