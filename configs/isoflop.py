@@ -13,12 +13,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from scalelab import recipe
 from scalelab import sweep as sweeps
 from scalelab.config import load_file, override, parse_arg
 from scalelab.errors import BadInput
+from scalelab.schema import Config
 
 DEFAULTS: dict[str, Any] = {
     "budgets": (1.5e11, 4.5e11, 1.35e12), "sizes": 4, "ratio": 50.0, "span": 8.0, "seeds": 1, "data": "",
@@ -26,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(arg: str = "") -> Config:
     args = parse_arg(arg, **DEFAULTS)
     config = load_file("transformer").get_config(f"data={args.data},tokenizer={args.tokenizer},dtype={args.dtype}")
     changes = {"data.seq_len": 128, "data.batch_size": 4, "data.held_out_tokens": 65536, "train.eval_every": 0.34}

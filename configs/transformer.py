@@ -10,16 +10,15 @@ text), dtype.
 
 import pathlib
 
-from ml_collections import ConfigDict
-
 from scalelab import recipe
 from scalelab.config import base, override, parse_arg
 from scalelab.errors import BadInput
+from scalelab.schema import Config
 
 WIDTHS = {"xs": 64, "s": 128, "m": 256, "l": 512, "165m": 768}
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(arg: str = "") -> Config:
     args = parse_arg(arg, size="s", params=0.0, steps=1000, data="", tokenizer="bytes", dtype="bfloat16")
     if args.size not in WIDTHS:
         raise BadInput("config argument size", args.size, f"must be one of {', '.join(WIDTHS)}")

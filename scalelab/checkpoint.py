@@ -99,7 +99,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, params: Any, rest: Any) -> tuple[int, Any, Any | None, dict[str, Any]]:
-        meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         sums = meta["checksums"]
         items = {"params": ocp.args.StandardRestore(params)}
         if "rest" in sums:

@@ -23,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scalelab.errors import BadInput
-from scalelab.schema import ADDED_LATER, OUTSIDE_ID, base, suggest, validate
+from scalelab.schema import ADDED_LATER, OUTSIDE_ID, Config, base, suggest, validate
 
 __all__ = ["ConfigFile", "RunSpec", "base", "finish", "load", "load_file", "override", "parse_arg", "validate"]
 
@@ -32,7 +32,7 @@ SCHEMA = 1
 # ------------------------------------------------------------------------------------------------ argument strings
 
 
-def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+def parse_arg(arg: str, **defaults: Any) -> Config:
     """`"size=s,steps=200"` -> the given defaults, updated; values take the type of the default.
 
     A bare name is `name=True`. Lists are written with colons: `budgets=1e12:2e12`. Raises `BadInput` for unknown
@@ -90,14 +90,14 @@ class ConfigFile:
     name: str
     path: pathlib.Path
     arg: str
-    _get_config: Callable[[str], ConfigDict]
+    _get_config: Callable[[str], Config]
     _sweep: Callable[[str], Iterable[Any]] | None
 
-    def get_config(self, arg: str | None = None) -> ConfigDict:
+    def get_config(self, arg: str | None = None) -> Config:
         """The file's config for an argument (default: the one that it was named with)."""
         with _users_code(self.name, self.path):
             config = self._get_config(self.arg if arg is None else arg)
-        if not isinstance(config, ConfigDict):
+        if not isinstance(config, Config):
             raise BadInput("get_config", type(config).__name__, "must return an ml_collections.ConfigDict")
         return config
 
@@ -151,7 +151,7 @@ def _users_code(name: str, path: pathlib.Path) -> Iterator[None]:
         raise BadInput("--config", name, f"does not run: {where}{reason}") from error
 
 
-def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """A copy of the config with dotted fields changed; strings are read as the field's type.
 
     Raises `BadInput` for a field that does not exist or a value of another type.
@@ -162,26 +162,26 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def _assign(config: ConfigDict, dotted: str, value: Any) -> None:
+def _assign(config: Config, dotted: str, value: Any) -> None:
     *sections, last = dotted.split(".")
     node: Any = config
     for depth, name in enumerate(sections):
-        if not isinstance(node, ConfigDict) or name not in node:
+        if not isinstance(node, Config) or name not in node:
             if sections[:depth] == ["data", "sources"]:  # the one open section: a new source is named into being
                 with node.unlocked():
                     node[name] = ConfigDict({"kind": "text", "path": "", "weight": 1.0})
             else:
-                fields = node.keys() if isinstance(node, ConfigDict) else ()
+                fields = node.keys() if isinstance(node, Config) else ()
                 raise BadInput(f"config.{dotted}", value, suggest(name, fields))
         node = node[name]
-    if not isinstance(node, ConfigDict) or last not in node:
+    if not isinstance(node, Config) or last not in node:
         if sections == ["data", "sources"] and isinstance(value, Mapping):
             with node.unlocked():
                 node[last] = ConfigDict({"kind": "text", "path": "", "weight": 1.0} | dict(value))
             return
-        raise BadInput(f"config.{dotted}", value, suggest(last, node.keys() if isinstance(node, ConfigDict) else ()))
+        raise BadInput(f"config.{dotted}", value, suggest(last, node.keys() if isinstance(node, Config) else ()))
     old = node[last]
-    if isinstance(old, ConfigDict):
+    if isinstance(old, Config):
         if dotted == "data.sources" and isinstance(value, str | Mapping):
             sources = _convert(f"config.{dotted}", value, dict) if isinstance(value, str) else dict(value)
             with config.data.unlocked():
@@ -203,13 +203,13 @@ def _assign(config: ConfigDict, dotted: str, value: Any) -> None:
     node[last] = value
 
 
-def load(reference: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+def load(reference: str, overrides: Mapping[str, Any] | None = None) -> Config:
     """A config by reference (`transformer:size=s`), with dotted overrides, checked and locked."""
     file = load_file(reference)
     return finish(file.get_config(), overrides or {})
 
 
-def finish(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+def finish(config: Config, overrides: Mapping[str, Any]) -> Config:
     config = override(config, overrides)
     validate(config)
     return config.lock()
@@ -226,7 +226,7 @@ class RunSpec:
     never by path.
     """
 
-    config: ConfigDict
+    config: Config
     content: Mapping[str, str]
     schema: int = SCHEMA
 

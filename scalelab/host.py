@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
-import os
 import pathlib
 import platform
 import resource
@@ -17,6 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+
+from scalelab.paths import cache_folder
 
 
 @contextlib.contextmanager
@@ -40,14 +41,9 @@ def stop_signal() -> Iterator[threading.Event]:
             signal.signal(number, old)
 
 
-def cache_folder() -> pathlib.Path:
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "scalelab"
-
-
 def use_compilation_cache() -> None:
     """XLA's persistent cache, unless the user has chosen one: a sweep's runs of one shape compile once."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
-from ml_collections import ConfigDict
+
+from scalelab.schema import Config
 
 
-def schedule(optim: ConfigDict, steps: int) -> Callable[[int], float]:
+def schedule(optim: Config, steps: int) -> Callable[[int], float]:
     """Learning rate of update 0 .. steps - 1.
 
     Warm-up is linear and its first update is not zero. `cosine` falls to `final_lr` times the peak at the last
@@ -38,7 +39,7 @@ def schedule(optim: ConfigDict, steps: int) -> Callable[[int], float]:
     return rate
 
 
-def optimizer(optim: ConfigDict, decay_mask: Any) -> optax.GradientTransformation:
+def optimizer(optim: Config, decay_mask: Any) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm; decay where the mask is true.
 
     Its updates are for a learning rate of -1: the step multiplies them by minus the rate.

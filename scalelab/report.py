@@ -15,7 +15,7 @@ import pandas as pd
 
 import scalelab
 from scalelab import laws
-from scalelab.laws.result import write_atomically
+from scalelab.paths import save
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,36 +46,6 @@ SHOWN = {
 WORDS = {"error": "error", "warning": "warning"}
 INTEGERS = ("width", "layers", "seed")
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fdfdfc; --soft: #5f6670; --line: #d9dce0; --card: #f3f4f6;
-  --accent: #0b63a5; --warn: #9a5b00; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e7e9; --paper: #16181b; --soft: #a2a9b3; --line: #363b42;
-  --card: #202328; --accent: #6db6f2; --warn: #e5a84b; --bad: #f2857e; } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 4rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem }
-.answer { background: var(--card); border-left: 4px solid var(--accent); padding: .9rem 1.2rem; border-radius: 4px }
-.answer p { margin: .35rem 0 } .answer b { white-space: nowrap }
-.soft { color: var(--soft); font-size: .9rem } code, pre { font: .85rem/1.45 ui-monospace, monospace }
-pre { overflow-x: auto; background: var(--card); padding: .8rem; border-radius: 4px }
-.scroll { overflow-x: auto; margin-bottom: 1rem }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th { color: var(--soft); font-weight: 600 } th:first-child, td:first-child { text-align: left }
-td.words { text-align: left; white-space: normal; min-width: 14rem }
-figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .6rem }
-figure img { display: block; width: 100%; height: auto }
-figcaption { color: #444; font-size: .9rem; padding: .3rem .4rem 0 }
-.pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)) }
-.pair figure { margin: 0 } ul.notices { padding-left: 1.1rem } .notices li { margin: .4rem 0 }
-.error b { color: var(--bad) } .warning b { color: var(--warn) } .note b { color: var(--soft) }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .9rem }
-dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
-@media (max-width: 34rem) { dl { display: block } dd { margin-bottom: .4rem } }
-"""
-
 
 # ------------------------------------------------------------------------------------------------ the file
 
@@ -98,6 +68,7 @@ def write(
     """
     fits = dict(fits or {})
     cost = cost_of(table)
+    style = pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     parts = [
         f"<h1>{_text(title)}</h1>",
         f"<p class=soft>scalelab {scalelab.__version__} · {len(table)} runs"
@@ -115,11 +86,11 @@ def write(
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{_text(title)}</title><style>{style}</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    return write_atomically(path, page)
+    return save(path, page, "--out")
 
 
 def cost_of(table: pd.DataFrame) -> Any:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
 from scalelab.errors import BadInput
 
+# An ml_collections.ConfigDict with the fields of `base()`; to a type checker its fields are all unknown.
+Config: TypeAlias = Any
 
-def base() -> ConfigDict:
+
+def base() -> Config:
     """Every field that a run has, with its default. Types are those of the defaults; all fields are required."""
     config = ConfigDict()
     config.family = "transformer"  # what the record calls the architecture
@@ -129,7 +132,7 @@ def between(field: str, value: float, low: float, high: float) -> None:
         raise BadInput(f"config.{field}", value, f"must lie in [{low}, {high}]")
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
     """Checks that need no model and no data. `models.validate` and `data.open` hold their own."""
     _check_schema(config)
     data, optim, train = config.data, config.optim, config.train
@@ -172,7 +175,7 @@ def validate(config: ConfigDict) -> None:
         between(field, config[field], 0, 2**32 - 1)
 
 
-def _check_schema(config: ConfigDict) -> None:
+def _check_schema(config: Config) -> None:
     """The config of a user's file has the fields of `base()`, no other, and of their types."""
 
     def walk(node: Mapping[str, Any], model: Mapping[str, Any], path: str) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from scalelab.errors import BadInput
+from scalelab.schema import Config
 
 
-def mesh(config: ConfigDict) -> Mesh:
+def mesh(config: Config) -> Mesh:
     """The mesh of a run. Raises `BadInput` where the devices or the micro-batch cannot be split that way.
 
     Axes are of type Auto: the compiler places the intermediate arrays, the ends are ours to say.

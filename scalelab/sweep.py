@@ -22,12 +22,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from scalelab import config as configs
 from scalelab import data, flops, models, records
 from scalelab.config import RunSpec
 from scalelab.errors import BadInput
+from scalelab.paths import write_atomically
+from scalelab.schema import Config
 
 SCHEMA = 1
 
@@ -65,7 +66,7 @@ class Sweep:
         """Writes the specs and `sweeps/<name>.json` below the root; finished runs are left as they are."""
         for run in self.runs:
             if not (root / run.spec.id / "spec.json").exists():
-                records.write_atomically(root / run.spec.id / "spec.json", run.spec.to_json())
+                write_atomically(root / run.spec.id / "spec.json", run.spec.to_json())
         document = {
             "schema": SCHEMA,
             "name": self.name,
@@ -74,7 +75,7 @@ class Sweep:
             "dropped": [{"overrides": dict(d.overrides), "reason": d.reason} for d in self.dropped],
         }
         path = root / "sweeps" / f"{self.name}.json"
-        records.write_atomically(path, json.dumps(document, indent=1, default=str) + "\n")
+        write_atomically(path, json.dumps(document, indent=1, default=str) + "\n")
         return path
 
 
@@ -110,7 +111,7 @@ def expand(reference: str, overrides: Mapping[str, Any], command: str = "", name
     return Sweep(name, command, list(runs.values()), dropped)
 
 
-def _resolve(base: ConfigDict, point: Mapping[str, Any], overrides: Mapping[str, Any], corpora: _Corpora) -> ConfigDict:
+def _resolve(base: Config, point: Mapping[str, Any], overrides: Mapping[str, Any], corpora: _Corpora) -> Config:
     plain = {field: value for field, value in point.items() if not callable(value)}
     config = configs.override(configs.override(base, plain), overrides)
     for field, value in point.items():
@@ -122,7 +123,7 @@ def _resolve(base: ConfigDict, point: Mapping[str, Any], overrides: Mapping[str,
     return configs.finish(config, {})
 
 
-def _with_vocabulary(config: ConfigDict, corpora: _Corpora) -> ConfigDict:
+def _with_vocabulary(config: Config, corpora: _Corpora) -> Config:
     model = config.model.copy_and_resolve_references()
     model.vocab_size = model.vocab_size or corpora[config.data].vocab_size
     models.validate(model)
@@ -135,7 +136,7 @@ class _Corpora:
     def __init__(self) -> None:
         self.opened: dict[str, data.Corpus] = {}
 
-    def __getitem__(self, section: ConfigDict) -> data.Corpus:
+    def __getitem__(self, section: Config) -> data.Corpus:
         fields = {k: v for k, v in section.to_dict().items() if k not in ("batch_size", "threads")}
         key = configs.canonical_json(fields)
         if key not in self.opened:
@@ -143,7 +144,7 @@ class _Corpora:
         return self.opened[key]
 
 
-def plan(config: ConfigDict, corpora: _Corpora | None = None) -> PlannedRun:
+def plan(config: Config, corpora: _Corpora | None = None) -> PlannedRun:
     """Counts a run without building its model. Raises what training would raise for the same config."""
     corpora = corpora or _Corpora()
     corpus = corpora[config.data]
@@ -178,10 +179,10 @@ def product(**axes: Iterable[Any]) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, values, strict=True))
 
 
-def steps_for(budget: float, least: int = 20) -> Callable[[ConfigDict], int]:
+def steps_for(budget: float, least: int = 20) -> Callable[[Config], int]:
     """Steps that spend a training budget in FLOP (exact convention). Fewer than `least` are refused."""
 
-    def steps(config: ConfigDict) -> int:
+    def steps(config: Config) -> int:
         step = (
             flops.per_token(config.model, config.data.seq_len).training * config.data.batch_size * config.data.seq_len
         )
@@ -211,7 +212,7 @@ class Clock:
             if record is None or record.host != platform.node() or not record.flops_per_second:
                 continue
             self.rates.append((record.params, record.flops_per_second))
-            overheads.append(record.seconds - record.steps * record.step_seconds)
+            overheads.append((record.seconds or 0.0) - record.flops / record.flops_per_second)
         if self.rates:
             self.overhead = max(0.0, statistics.median(overheads))
             self.source = f"from {len(self.rates)} finished runs on this host"

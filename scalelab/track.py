@@ -22,6 +22,7 @@ from rich.progress import (
 
 from scalelab import records
 from scalelab.config import RunSpec
+from scalelab.paths import write_atomically
 
 
 def say(message: str) -> None:
@@ -41,7 +42,7 @@ class MetricsFile:
         """Starts anew from the lines to keep: what came after the restored step, or half a line, goes."""
         self.path = folder / "metrics.jsonl"
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in keep)
-        records.write_atomically(self.path, text)
+        write_atomically(self.path, text)
         self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close())
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -79,7 +80,8 @@ class Guarded:
     """A sink whose failure is said once and then no longer tried."""
 
     def __init__(self, name: str, make: Any):
-        self.name, self.sink = name, None
+        self.name = name
+        self.sink: Any = None
         self._try(lambda: setattr(self, "sink", make()))
 
     def _try(self, action: Any) -> None:
@@ -90,8 +92,8 @@ class Guarded:
             self.sink = None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        if self.sink is not None:
-            self._try(lambda: self.sink.write(line))
+        if (sink := self.sink) is not None:
+            self._try(lambda: sink.write(line))
 
     def close(self) -> None:
         if self.sink is not None:

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
 
 from scalelab import data, flops, models, optim, parametrization, records, sharding
 from scalelab.checkpoint import Checkpoints
@@ -32,7 +31,9 @@ from scalelab.config import RunSpec
 from scalelab.errors import BadInput
 from scalelab.evaluate import Evaluator
 from scalelab.host import git_state, peak_flops, peak_memory, stop_signal, use_compilation_cache, utc, versions
+from scalelab.paths import write_atomically
 from scalelab.records import RunRecord
+from scalelab.schema import Config
 from scalelab.track import MetricsFile, Sink, optional_sinks, say
 
 
@@ -53,7 +54,7 @@ class Stopped(Exception):
 # ------------------------------------------------------------------------------------------------ the step
 
 
-def resolve(config: ConfigDict, corpus: data.Corpus) -> ConfigDict:
+def resolve(config: Config, corpus: data.Corpus) -> Config:
     """The model section with its vocabulary filled in and checked against the tokenizer's."""
     model = config.model.copy_and_resolve_references()
     model.vocab_size = model.vocab_size or corpus.vocab_size
@@ -66,7 +67,7 @@ def resolve(config: ConfigDict, corpus: data.Corpus) -> ConfigDict:
 
 
 def make_nll(
-    config: ConfigDict, model: ConfigDict, bos: int
+    config: Config, model: Config, bos: int
 ) -> Callable[[Any, Int[Array, "B T+1"]], tuple[Float[Array, "B T"], Float[Array, "B T"], Any]]:
     """(params, rows) -> negative log-likelihood in nats and log-sum-exp of the logits, per target token."""
     graphdef, _ = models.abstract(model)
@@ -80,7 +81,7 @@ def make_nll(
 
 
 def make_step(
-    config: ConfigDict, nll: Callable[..., Any], optimizer: optax.GradientTransformation
+    config: Config, nll: Callable[..., Any], optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Int[Array, "B T+1"], Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """(state, rows, learning rate) -> (state, metrics): one update on a global batch. Not jitted yet.
 
@@ -121,7 +122,7 @@ def make_step(
 class Trainer:
     """What a run needs on the device: its mesh, its initial state, its compiled step and evaluation."""
 
-    def __init__(self, config: ConfigDict, corpus: data.Corpus):
+    def __init__(self, config: Config, corpus: data.Corpus):
         self.model = resolve(config, corpus)
         self.mesh = sharding.mesh(config)
         self.config = config
@@ -169,7 +170,7 @@ def run(spec: RunSpec, runs: str | os.PathLike[str] | None = None, sinks: Sequen
     with records.run_lock(folder):
         with contextlib.suppress(FileNotFoundError):
             (folder / "failure.json").unlink()
-        records.write_atomically(folder / "spec.json", spec.to_json())
+        write_atomically(folder / "spec.json", spec.to_json())
         try:
             return Attempt(spec, folder, corpus, trainer).run(sinks)
         except Exception as error:
@@ -234,7 +235,7 @@ class Attempt:
         self.attempts = before["attempts"] + 1
         self.seconds_before = max(before["seconds"], lines[-1]["seconds"] if lines else 0.0)
         document = {"attempts": self.attempts, "seconds": self.seconds_before}
-        records.write_atomically(path, json.dumps(document) + "\n")
+        write_atomically(path, json.dumps(document) + "\n")
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
@@ -318,7 +319,7 @@ class Attempt:
         self.checkpoints.keep_only(self.steps if keeps else None)
         record = self._record(reason)
         if jax.process_index() == 0:
-            records.write_atomically(self.folder / "record.json", record.to_json())
+            write_atomically(self.folder / "record.json", record.to_json())
         return record
 
     def _record(self, reason: str | None) -> RunRecord:
@@ -343,7 +344,8 @@ class Attempt:
             width=model.width, layers=model.layers, vocab_size=model.vocab_size,
             steps=steps, tokens=tokens, unique_tokens=corpus.unique_tokens,
             epochs=tokens / corpus.unique_tokens if corpus.unique_tokens else None,
-            **compute, batch_tokens=batch_tokens, seq_len=config.data.seq_len,
+            flops=compute["flops"], flops_6n=compute["flops_6n"],
+            flops_6n_non_embedding=compute["flops_6n_non_embedding"], batch_tokens=batch_tokens, seq_len=config.data.seq_len,
             data=corpus.description, tokenizer=config.data.tokenizer,
             lr=config.optim.lr, schedule=config.optim.schedule, warmup=config.optim.warmup,
             weight_decay=config.optim.weight_decay, optimizer=config.optim.name, parametrization="standard",
@@ -365,4 +367,4 @@ def write_failure(folder: pathlib.Path, error: BaseException) -> None:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     document = {"reason": reason[:500], "traceback": "".join(traceback.format_exception(error)), "time": utc()}
     with contextlib.suppress(OSError):
-        records.write_atomically(folder / "failure.json", json.dumps(document, indent=1) + "\n")
+        write_atomically(folder / "failure.json", json.dumps(document, indent=1) + "\n")

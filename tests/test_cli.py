@@ -14,6 +14,7 @@ from tests.helpers import TINY, arguments, environment, read_json, scalelab, sma
 RUNNER = """
 import contextlib, io, json, sys
 from scalelab.cli import main
+from scalelab.paths import write_atomically
 answers = []
 for argv in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
@@ -135,7 +136,7 @@ def test_one_failing_run_does_not_stop_the_rest(tmp_path, corpus):
 
     good, bad = tiny_spec(corpus, train__steps=6), tiny_spec(corpus, train__steps=7)
     for spec in (good, bad):
-        records.write_atomically(tmp_path / "runs" / spec.id / "spec.json", spec.to_json())
+        write_atomically(tmp_path / "runs" / spec.id / "spec.json", spec.to_json())
     # A file where the run's checkpoints should be: this one cannot work.
     (tmp_path / "runs" / bad.id / "checkpoints").write_text("in the way")
     from scalelab.launch import local

@@ -1,4 +1,5 @@
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import pytest
 
 from scalelab import records
 from scalelab.errors import BadInput
+from scalelab.paths import write_atomically
 from scalelab.records import RunRecord
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -15,8 +17,8 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 def make(root: pathlib.Path, run: str, **changes) -> RunRecord:
     document = json.loads((FIXTURES / "record_schema1.json").read_text()) | {"id": run} | changes
     record = RunRecord.from_json(json.dumps(document))
-    records.write_atomically(root / run / "spec.json", "{}")
-    records.write_atomically(root / run / "record.json", record.to_json())
+    write_atomically(root / run / "spec.json", "{}")
+    write_atomically(root / run / "record.json", record.to_json())
     return record
 
 
@@ -38,8 +40,8 @@ def test_load_takes_a_run_a_sweep_or_a_root(tmp_path):
     for run, loss in (("a", 2.0), ("b", 3.0)):
         make(tmp_path, run, loss=loss)
     make(tmp_path, "c", loss=None, status="diverged", reason="loss nan at step 3")
-    records.write_atomically(tmp_path / "d" / "spec.json", "{}")  # not finished
-    records.write_atomically(tmp_path / "sweeps" / "s.json", json.dumps({"ids": ["b", "d", "nowhere"]}))
+    write_atomically(tmp_path / "d" / "spec.json", "{}")  # not finished
+    write_atomically(tmp_path / "sweeps" / "s.json", json.dumps({"ids": ["b", "d", "nowhere"]}))
     table = records.load(tmp_path)
     assert list(table["id"]) == ["a", "b", "c"]
     assert table["loss"].dtype == "float64"
@@ -75,14 +77,14 @@ def test_half_a_line_is_no_line(tmp_path):
 
 def test_write_atomically_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    records.write_atomically(path, "old")
+    write_atomically(path, "old")
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
-        records.write_atomically(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 

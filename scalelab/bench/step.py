@@ -72,7 +72,7 @@ def one_loop(conf, corpus: data.Corpus, trainer: train.Trainer, folder: pathlib.
     attempt.checkpoints = Checkpoints(folder / "checkpoints")
     attempt.metrics = MetricsFile(folder, [])
     attempt.sinks = [attempt.metrics]
-    attempt.evaluate = lambda params: {"loss": 0.0}  # measured apart
+    attempt.evaluate = lambda params: {"loss": 0.0}  # measured apart  # pyright: ignore[reportAttributeAccessIssue]
     attempt.seconds_before = 0.0
     state = jax.block_until_ready(trainer.initial_state())
     began = time.perf_counter()

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -214,7 +214,7 @@ class Corpus:
             raise BadInput("config.data.batch_size", self.batch_size, f"must be a multiple of the {hosts} hosts")
         return grain.MapDataset.source(_Steps(self, seed, host, hosts))
 
-    def stream(self, seed: int, start: int, host: int = 0, hosts: int = 1) -> Iterator[np.ndarray]:
+    def stream(self, seed: int, start: int, host: int = 0, hosts: int = 1) -> Generator[np.ndarray, None, None]:
         """Batches from step `start` on, in order, read ahead by `threads` threads, which end when it is closed.
 
         It is a generator: `close()` it, or wrap it in `contextlib.closing`.

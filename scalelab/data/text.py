@@ -29,6 +29,7 @@ import numpy as np
 from scalelab.data import tokenizers
 from scalelab.data.stream import TokenSource
 from scalelab.errors import BadInput
+from scalelab.paths import cache_folder
 
 HELD_OUT_SHARE = 0.03  # of the documents, by hash
 FEW_FILES = 4096
@@ -214,8 +215,3 @@ def _encode(train: list[bytes], held: list[bytes], tokenizer: tokenizers.Tokeniz
 
 def _key(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
-
-
-def cache_folder() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/scalelab`, by default `~/.cache/scalelab`."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "scalelab"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from scalelab import records
 from scalelab.host import stop_signal
@@ -38,7 +38,7 @@ class _Worker:
     run: str
     process: subprocess.Popen[bytes]
     slot: int
-    task: int
+    task: TaskID
 
 
 def _cores(slot: int, jobs: int) -> set[int]:

@@ -9,7 +9,6 @@ import math
 import os
 import pathlib
 import platform
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from jaxtyping import Float
 import scalelab
 from scalelab.errors import BadInput
 from scalelab.laws.notices import Notice
+from scalelab.paths import save
 
 SCHEMA = 1
 
@@ -148,7 +148,7 @@ class Result:
     def save(self, path: str | os.PathLike[str]) -> pathlib.Path:
         """Write the fit as JSON, atomically; `laws.load` gives it back bit for bit."""
         text = json.dumps(jsonable(self.document()), allow_nan=False, indent=1) + "\n"
-        return write_atomically(path, text)
+        return save(path, text)
 
 
 def provenance() -> dict[str, Any]:
@@ -177,24 +177,3 @@ def jsonable(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> pathlib.Path:
-    """Write beside the target, then rename: no reader ever sees half a file."""
-    path = pathlib.Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise BadInput("path", str(path), f"cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)
-        os.replace(part, path)
-    except BaseException:
-        pathlib.Path(part).unlink(missing_ok=True)
-        raise
-    return path

@@ -1,0 +1,44 @@
+"""Files: written whole or not at all, and the folder for what can be made again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import tempfile
+
+from scalelab.errors import BadInput
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> pathlib.Path:
+    """The file has either its old content or all of the new, whatever happens. Makes the folders above it."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    return path
+
+
+def cache_folder() -> pathlib.Path:
+    """`$XDG_CACHE_HOME/scalelab`, by default `~/.cache/scalelab`: compiled programs, encoded text."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "scalelab"
+
+
+def save(path: str | os.PathLike[str], text: str, field: str = "path") -> pathlib.Path:
+    """`write_atomically` to where the user asked for; what the system refuses is `BadInput`."""
+    try:
+        return write_atomically(path, text)
+    except OSError as error:
+        raise BadInput(field, str(path), f"cannot be written: {error.strerror}") from None
