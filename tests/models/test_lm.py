@@ -33,11 +33,7 @@ def section(**changes):
 LOCAL = ("attention", "mlp", {"window": 4})
 MODELS = {
     "windows": section(
-        prefix=(("attention", "none"),),
-        blocks=(LOCAL, ("attention", "mlp")),
-        suffix=(LOCAL,),
-        layers=6,
-        placement="out",
+        prefix=(("attention", "none"),), blocks=(LOCAL, ("attention", "mlp")), layers=5, placement="out"
     ),
     "gemma": section(
         placement="peri",
@@ -49,6 +45,7 @@ MODELS = {
         tied_embeddings=False,
     ),
     "gpt2": section(
+        suffix=(("attention", "mlp"),),
         norm="layernorm",
         attention__bias=True,
         mlp__bias=True,
@@ -117,8 +114,7 @@ def test_awkward_lengths(T):
     close(full("windows")(params, text[:, :T]), full("windows")(params, text)[:, :T])
 
 
-@each
-@pytest.mark.parametrize("cuts", [(1, 4), (7,)])
+@pytest.mark.parametrize(("name", "cuts"), [("windows", (1, 4)), ("windows", (7,)), ("gemma", (7,)), ("gpt2", (7,))])
 def test_any_split_with_carried_state_equals_the_full_pass(name, cuts):
     _, params = built(name)
     text = tokens(2, 10)
@@ -132,9 +128,10 @@ def test_any_split_with_carried_state_equals_the_full_pass(name, cuts):
 
 def test_decoding_goes_on_in_the_last_document():
     _, params = built("gpt2")
-    text, segments = tokens(2, 6), jnp.array([[0, 0, 0, 1, 1, 1]] * 2)
-    _, state = extend("gpt2")(params, text[:, :5], start("gpt2", 2, 6), segments[:, :5])
-    close(extend("gpt2")(params, text[:, 5:], state)[0], full("gpt2")(params, text, segments)[:, 5:])
+    text, segments = tokens(2, 10), jnp.array([[0] * 3 + [1] * 7, [2] * 6 + [5] * 4])
+    _, state = extend("gpt2")(params, text[:, :7], start("gpt2", 2, 10), segments[:, :7])
+    got, _ = extend("gpt2")(params, text[:, 7:], state)
+    close(got, full("gpt2")(params, text, segments)[:, 7:])
 
 
 @each
@@ -142,7 +139,7 @@ def test_the_future_does_not_reach_the_past(name):
     _, params = built(name)
     text = tokens(2, 9)
     before = full(name)(params, text)
-    for t in (1, 5, 8):
+    for t in (1, 8):
         after = full(name)(params, text.at[:, t].set((text[:, t] + 1) % V))
         np.testing.assert_array_equal(before[:, :t], after[:, :t])  # bit for bit
         assert (before[:, t] != after[:, t]).any()
@@ -216,15 +213,15 @@ def test_gradient_by_finite_differences():
         def at(h, direction=direction):
             return float(loss(jax.tree.map(lambda a, b, h=h: a + h * b, params, direction), text))
 
-        h = 2e-3
+        h = 5e-4
         numeric = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
         exact = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
-        assert float(exact) == pytest.approx(numeric, rel=1e-2, abs=2e-3)
+        assert float(exact) == pytest.approx(numeric, rel=3e-3, abs=3e-3)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("name", ["windows", "gemma"])
-def test_rematerialisation_changes_nothing(name, remat):
+def test_rematerialisation_changes_nothing(remat):
+    name = "gpt2"
     graphdef, params = built(name)
     config = MODELS[name].copy_and_resolve_references()
     config.remat = remat
@@ -273,6 +270,7 @@ def test_the_program_does_not_grow_with_depth():
     assert lines(24) == lines(2)
 
 
+@pytest.mark.slow
 def test_a_population_under_vmap_equals_its_members():
     config = MODELS["windows"]
     graphdef, _ = built("windows")
@@ -284,21 +282,22 @@ def test_a_population_under_vmap_equals_its_members():
     population = jax.jit(jax.vmap(init))(keys)
     run = jax.value_and_grad(loss_of(graphdef))
     losses, gradients = jax.jit(jax.vmap(run, in_axes=(0, None)))(population, text)
+    one = jax.jit(lambda key: run(init(key), text))
     for i in range(3):
-        loss, gradient = jax.jit(run)(jax.jit(init)(keys[i]), text)
+        loss, gradient = one(keys[i])
         close(losses[i], loss)
         jax.tree.map(lambda a, b, i=i: close(a[i], b), gradients, gradient)
 
 
-@each
-def test_bfloat16_is_finite_and_near(name):
+def test_bfloat16_is_finite_and_near():
+    name = "gemma"
     _, params = built(name)
     config = MODELS[name].copy_and_resolve_references()
     config.compute_dtype = "bfloat16"
     graphdef, _ = models.abstract(config)
     text = tokens(4, 16)
     loss, gradient = jax.jit(jax.value_and_grad(loss_of(graphdef)))(params, text)
-    exact, _ = jax.jit(jax.value_and_grad(loss_of(built(name)[0])))(params, text)
+    exact = jax.jit(loss_of(built(name)[0]))(params, text)
     assert abs(loss - exact) < 0.03
     assert all(a.dtype == jnp.float32 and jnp.isfinite(a).all() for a in jax.tree.leaves(gradient))
     logits = jax.eval_shape(lambda p: models.merge(graphdef, p)(text), params)
