@@ -97,7 +97,7 @@ class ConfigFile:
         """The file's config for an argument (default: the one that it was named with)."""
         with _users_code(self.name, self.path):
             config = self._get_config(self.arg if arg is None else arg)
-        if not isinstance(config, Config):
+        if not isinstance(config, ConfigDict):
             raise BadInput("get_config", type(config).__name__, "must return an ml_collections.ConfigDict")
         return config
 
@@ -166,22 +166,22 @@ def _assign(config: Config, dotted: str, value: Any) -> None:
     *sections, last = dotted.split(".")
     node: Any = config
     for depth, name in enumerate(sections):
-        if not isinstance(node, Config) or name not in node:
+        if not isinstance(node, ConfigDict) or name not in node:
             if sections[:depth] == ["data", "sources"]:  # the one open section: a new source is named into being
                 with node.unlocked():
                     node[name] = ConfigDict({"kind": "text", "path": "", "weight": 1.0})
             else:
-                fields = node.keys() if isinstance(node, Config) else ()
+                fields = node.keys() if isinstance(node, ConfigDict) else ()
                 raise BadInput(f"config.{dotted}", value, suggest(name, fields))
         node = node[name]
-    if not isinstance(node, Config) or last not in node:
+    if not isinstance(node, ConfigDict) or last not in node:
         if sections == ["data", "sources"] and isinstance(value, Mapping):
             with node.unlocked():
                 node[last] = ConfigDict({"kind": "text", "path": "", "weight": 1.0} | dict(value))
             return
-        raise BadInput(f"config.{dotted}", value, suggest(last, node.keys() if isinstance(node, Config) else ()))
+        raise BadInput(f"config.{dotted}", value, suggest(last, node.keys() if isinstance(node, ConfigDict) else ()))
     old = node[last]
-    if isinstance(old, Config):
+    if isinstance(old, ConfigDict):
         if dotted == "data.sources" and isinstance(value, str | Mapping):
             sources = _convert(f"config.{dotted}", value, dict) if isinstance(value, str) else dict(value)
             with config.data.unlocked():

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
