@@ -192,7 +192,7 @@ def attend(
     q = q.reshape(B, T, Hk, H // Hk, d).transpose(0, 2, 3, 1, 4).reshape(B * Hk, -1, d)
     k, v = (a.transpose(0, 2, 1, 3).reshape(B * Hk, K, d) for a in (k, v))
     hidden = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min / 2)
-    y = _softmax_attention(q, k, v, hidden, cap)
+    y: Any = _softmax_attention(q, k, v, hidden, cap)
     return y.reshape(B, H, T, d).transpose(0, 2, 1, 3)
 
 
