@@ -91,9 +91,10 @@ def make_step(
     parts, z_loss = config.train.accum_steps, config.train.z_loss
 
     def objective(params: Any, rows: Int[Array, "b T+1"]) -> tuple[Array, Array]:
-        losses, lse, _ = nll(params, rows)
+        losses, lse, aux = nll(params, rows)
         loss = jnp.sum(losses)
-        return loss + z_loss * jnp.sum(lse**2), loss
+        # The blocks' own losses are means over tokens; here everything is a sum.
+        return loss + z_loss * jnp.sum(lse**2) + aux["loss"] * losses.size, loss
 
     gradient = jax.grad(objective, has_aux=True)
 

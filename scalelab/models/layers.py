@@ -21,8 +21,9 @@ def pointwise(f: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(f, prevent_cse=False)
 
 
-def linear(x: Float[Array, "*b n"], w: Float[Array, "n *m"]) -> Float[Array, "*b *m"]:
-    """x w, as one product of two matrices, whose gradients XLA runs faster than those of a product with more axes."""
+def linear(x: Float[Array, "*b n"], w: Array) -> Array:
+    """x w over x's last and w's first axis, as one product of two matrices: its gradients run faster in XLA than those
+    of a product with more axes."""
     y = x.reshape(-1, x.shape[-1]) @ w.reshape(w.shape[0], -1)
     return y.reshape(*x.shape[:-1], *w.shape[1:])
 
