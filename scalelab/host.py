@@ -43,7 +43,7 @@ def stop_signal() -> Iterator[threading.Event]:
 
 def use_compilation_cache() -> None:
     """XLA's persistent cache, unless the user has chosen one: a sweep's runs of one shape compile once."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

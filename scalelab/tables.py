@@ -111,8 +111,11 @@ def outcome(outcome: Outcome, path: pathlib.Path) -> None:
         "failed": len(outcome.failed), "stopped": len(outcome.stopped),
     }  # fmt: skip
     console.print("sweep: " + ", ".join(f"{n} {what}" for what, n in parts.items() if n), highlight=False)
+    reasons: dict[str, list[str]] = {}
     for run, reason in outcome.failed.items():
-        console.print(f"failed {run}: {reason}", markup=False, highlight=False)
+        reasons.setdefault(reason, []).append(run)
+    for reason, ids in reasons.items():
+        console.print(f"failed {', '.join(ids)}: {reason}", markup=False, highlight=False)
     if outcome.stopped:
         console.print("the same command goes on where this one stopped")
     console.print(str(path), highlight=False, soft_wrap=True)
