@@ -30,6 +30,10 @@ def get_config(arg: str = "") -> Config:
     if args.size == "165m" and not args.params:  # the published shape (xlstm-jax's Llama): H = 6, F = 2048, untied
         shape |= {"model.attention.heads": 6, "model.attention.kv_heads": 6, "model.attention.head_dim": 128,
                   "model.mlp.hidden": 2048, "model.tied_embeddings": False, "data.seq_len": 2048}  # fmt: skip
+    else:
+        # At small widths N(0, 0.02) is far too small a start, and QK-norm shortens the plateau before attention forms:
+        # at width 64 and 5e11 FLOP the held-out loss fell from 2.03 to 1.75 with the one and to 1.69 with both.
+        shape |= {"model.init": "fan_in", "model.attention.qk_norm": True}
     changes = {**shape, "train.steps": args.steps, "model.compute_dtype": args.dtype, "data.tokenizer": args.tokenizer}
     config = override(base(), changes)
     if args.data:
