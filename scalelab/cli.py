@@ -186,7 +186,9 @@ def _sweep(args: argparse.Namespace) -> int:
     sweep, root = _expand(args, args.name)
     path = sweep.save(root)
     tables.plan(sweep, root)
-    outcome = local.run_all(root, [run.spec.id for run in sweep.runs], args.jobs)
+    # The longest first, so that the workers end together: by FLOPs, and among equals those of many small steps.
+    longest = sorted(sweep.runs, key=lambda run: (-float(f"{run.flops:.1g}"), -run.steps))
+    outcome = local.run_all(root, [run.spec.id for run in longest], args.jobs)
     tables.outcome(outcome, path)
     return FAILED if outcome.failed else STOPPED if outcome.stopped else DONE
 

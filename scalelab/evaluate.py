@@ -17,7 +17,7 @@ from scalelab.sharding import put_rows
 class Evaluator:
     """Scores the same held-out documents each time it is called.
 
-    `nll(params, rows)` maps token rows (B, T + 1) to float32 nats (B, T), the same on every host. The mean over
+    `nll(params, rows)` maps token rows (B, T + 1) to float32 nats (B, T). The mean over
     sources is weighted as the training mixture is.
     """
 
@@ -55,10 +55,8 @@ class Evaluator:
     def _score(self, params: Any, held: HeldOut) -> dict[str, float]:
         documents = len(held.bytes)
         nats, tokens = np.zeros(documents), np.zeros(documents)
-        hosts, host = jax.process_count(), jax.process_index()
-        mine = slice(host * self.batch_size // hosts, (host + 1) * self.batch_size // hosts)
         # All batches are dispatched before the first result is read: the device never waits for the host.
-        running = [(self.nll(params, put_rows(rows[mine], self.mesh)), doc) for rows, doc in self._batches(held)]
+        running = [(self.nll(params, put_rows(rows, self.mesh)), doc) for rows, doc in self._batches(held)]
         for nll, doc in running:
             kept = doc >= 0
             nats += np.bincount(doc[kept], np.asarray(nll, np.float64)[kept], documents)

@@ -161,6 +161,10 @@ def run(spec: RunSpec, runs: str | os.PathLike[str] | None = None, sinks: Sequen
     record = records.read(folder)
     if record is not None:
         return record
+    if jax.process_count() > 1:
+        raise BadInput(
+            "jax.process_count()", jax.process_count(), "a run is trained by one process, on all its devices"
+        )
     use_compilation_cache()
     corpus = data.open(spec.config.data)
     if dict(corpus.content) != dict(spec.content):
@@ -247,8 +251,7 @@ class Attempt:
         """Trains from update `start` to the end. Returns why the run diverged, or None."""
         config, steps, trainer = self.config, self.steps, self.trainer
         every = max(1, round(config.train.eval_every * steps)) if config.train.eval_every else steps
-        # The global batch of a step depends on (data_seed, step) alone; this host takes its rows of it.
-        stream = self.corpus.stream(config.data_seed, start, jax.process_index(), jax.process_count())
+        stream = self.corpus.stream(config.data_seed, start)
         saved_at = time.perf_counter()
         running: tuple[int, Any] | None = None  # the step whose metrics have not been read yet
         rate = optim.schedule(config.optim, steps)
@@ -319,8 +322,7 @@ class Attempt:
         keeps = reason is None and self.config.checkpoint.final != "nothing"
         self.checkpoints.keep_only(self.steps if keeps else None)
         record = self._record(reason)
-        if jax.process_index() == 0:
-            write_atomically(self.folder / "record.json", record.to_json())
+        write_atomically(self.folder / "record.json", record.to_json())
         return record
 
     def _record(self, reason: str | None) -> RunRecord:

@@ -1,4 +1,4 @@
-"""Eight devices, two hosts: the same run. In processes of their own, since devices are fixed once JAX has started."""
+"""Eight devices: the same run. In processes of their own, since devices are fixed once JAX has started."""
 
 import json
 import subprocess
@@ -19,13 +19,16 @@ print(json.dumps([jax.device_count(), record.loss, record.train_loss, record.sta
 """
 
 HOST = """
-import json, sys
+import sys
 import jax
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 from scalelab import train
+from scalelab.errors import BadInput
 from tests.helpers import tiny_spec
-record = train.run(tiny_spec(sys.argv[3], data__batch_size=8, train__steps=10), sys.argv[4])
-print(json.dumps([jax.process_count(), record.loss, record.train_loss, record.status]))
+try:
+    train.run(tiny_spec(sys.argv[3]), sys.argv[4])
+except BadInput as error:
+    print(error)
 """
 
 
@@ -58,3 +61,22 @@ def test_a_batch_that_eight_devices_cannot_share(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert "config.data.batch_size = 12" in done.stderr
     assert "divisible by 8 device(s)" in done.stderr
+
+
+def test_two_processes_are_refused_before_anything_is_written(tmp_path):
+    import socket
+
+    corpus = small_corpus(tmp_path / "corpus")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, address, str(host), str(corpus), str(tmp_path / "runs")], env=environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for host in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert all("jax.process_count() = 2: a run is trained by one process" in line for line in said)
+    assert not (tmp_path / "runs").exists()
