@@ -20,7 +20,7 @@ from scalelab.errors import BadInput
 from scalelab.schema import Config
 
 DEFAULTS: dict[str, Any] = {
-    "budgets": (1.6e11, 4e11, 1e12), "sizes": 5, "ratio": 50.0, "span": 10.0, "seeds": 1, "data": "",
+    "budgets": (1.5e11, 3.75e11, 9e11), "sizes": 5, "ratio": 50.0, "span": 10.0, "seeds": 1, "data": "",
     "tokenizer": "bytes", "dtype": "float32",
 }  # fmt: skip
 

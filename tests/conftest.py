@@ -4,7 +4,7 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.pop("XLA_FLAGS", None)
-# Most of the time goes into compiling: what one test or process has compiled serves the others.
+# Most of the time goes into compiling: less effort there, and what one test or process has compiled serves the others.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

@@ -120,3 +120,35 @@ def test_two_processes_cannot_train_the_same_run(reference, tmp_path):
     assert "another process" in second.stderr
     assert process.returncode == 0
     assert_same_run(folder, expected)
+
+
+def test_a_truncated_checkpoint_costs_steps_not_the_run(reference, tmp_path):
+    command, expected = reference
+    folder = tmp_path / "runs" / expected.name
+    with start(*command, cwd=tmp_path, env=environment()) as process:
+        until(process, lambda: last_step(folder) >= 70)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    for path in (newest / "params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done = scalelab(*command, cwd=tmp_path, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint of step {newest.name} is damaged" in done.stderr
+    assert "falling back to the one before" in done.stderr
+    assert_same_run(folder, expected)
+
+
+def test_a_stopped_sweep_exits_75_and_its_runs_resume(corpus, tmp_path):
+    command = ["sweep", *arguments(corpus, **STEPS), "--runs=swept"]
+    folder = tmp_path / "swept" / tiny_spec(corpus, **STEPS).id
+    with start(*command, cwd=tmp_path, env=environment()) as process:
+        until(process, lambda: last_step(folder) >= 10)
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "1 stopped" in stdout
+    assert not records.is_locked(folder)
+    done = scalelab(*command, cwd=tmp_path, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert records.read(folder).attempts == 2

@@ -1,6 +1,7 @@
 """Eight devices: the same run. In processes of their own, since devices are fixed once JAX has started."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -38,7 +39,7 @@ def result(process: subprocess.CompletedProcess) -> list:
 
 
 def run(corpus, root, devices: int, **changes) -> list:
-    env = {**environment(), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = {**environment(), "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-c", RUN, str(corpus), str(root), json.dumps(changes)]
     return result(subprocess.run(command, env=env, capture_output=True, text=True, timeout=300))
 
