@@ -18,6 +18,7 @@ from scalelab.config import RunSpec
 TINY: dict[str, Any] = {
     "model.width": 16, "model.layers": 2, "model.attention.heads": 2, "model.attention.kv_heads": 1,
     "model.attention.head_dim": 8, "model.mlp.hidden": 32, "model.compute_dtype": "float32", "model.loss_chunk": 64,
+    "model.init": "normal", "model.attention.qk_norm": False,
     "data.seq_len": 16, "data.batch_size": 4, "data.held_out_tokens": 2048, "data.threads": 1,
     "train.steps": 40, "train.eval_every": 0.25, "optim.lr": 1e-2,
 }  # fmt: skip

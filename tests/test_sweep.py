@@ -29,9 +29,9 @@ def test_overrides_come_before_what_is_derived_from_the_config():
 
 
 def test_too_small_a_budget_is_dropped_with_its_reason_and_nothing_left_is_an_error():
-    found = sweep.expand("isoflop:budgets=1e9:4e11,sizes=2", {})
-    assert len(found.runs) == 2
-    assert all("budget" in drop.reason for drop in found.dropped)
+    found = sweep.expand("isoflop:budgets=1e9:4e11,sizes=2,span=8", {})
+    assert min(run.flops for run in found.runs) > 3e11
+    assert sum("budget" in drop.reason for drop in found.dropped) == 2
     with pytest.raises(BadInput, match="no run is left of 2: budget"):
         sweep.expand("isoflop:budgets=1e9,sizes=2", {})
 

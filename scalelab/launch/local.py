@@ -84,6 +84,7 @@ def run_all(root: pathlib.Path, ids: Sequence[str], jobs: int = 1, console: Cons
         stop_signal() as stop,
     ):
         overall = progress.add_task("[bold]sweep", total=len(ids), completed=len(outcome.skipped), note="runs")
+        asked = False
         try:
             while workers or (waiting and not stop.is_set()):
                 while waiting and free and not stop.is_set():
@@ -94,7 +95,8 @@ def run_all(root: pathlib.Path, ids: Sequence[str], jobs: int = 1, console: Cons
                     ]
                     task = progress.add_task(run, total=steps, note="starting")
                     workers.append(_Worker(run, _start(root / run, slot, jobs), slot, task))
-                if stop.is_set():
+                if stop.is_set() and not asked:
+                    asked = True  # once: a second signal could end a worker while it saves itself
                     for worker in workers:
                         worker.process.send_signal(signal.SIGTERM)
                 time.sleep(POLL)
@@ -120,7 +122,7 @@ def _settle(outcome: Outcome, root: pathlib.Path, run: str, status: int) -> None
     record = records.read(root / run)
     if record is not None:
         (outcome.done if record.status == "done" else outcome.diverged).append(run)
-    elif status == STOPPED:
+    elif status in (STOPPED, -signal.SIGTERM):  # the latter where it had not begun to train yet
         outcome.stopped.append(run)
     else:
         outcome.failed[run] = failure(root / run) or (

@@ -69,7 +69,8 @@ def test_rows_left_out_have_no_value_and_no_gradient(n):
         return cross_entropy(x, w, labels[kept], chunk=3)
 
     _, _, _, dw_kept = values_and_gradients(f, x[kept], w, tuple(c[kept] for c in cotangents))
-    np.testing.assert_allclose(dw, dw_kept, rtol=1e-5)
+    # Logits of 1e4 are rounded to about 1e-3, differently where rows stand in other chunks; a slip would be of order 1.
+    np.testing.assert_allclose(dw, dw_kept, rtol=2e-3)
 
 
 def test_bfloat16_within_rounding_of_float32():
