@@ -1,6 +1,7 @@
 """Tables in and fits out: reading, disk round trips, schema."""
 
 import json
+import pathlib
 
 import numpy as np
 import pandas as pd
@@ -127,3 +128,15 @@ def test_levels():
     assert ((wide.upper - wide.lower) > (narrow.upper - narrow.lower)).all()
     with pytest.raises(BadInput, match="level"):
         fit.conf_int(95)
+
+
+@pytest.mark.parametrize("name", ["fit_schema1.json", "isoflop_schema1.json"])
+def test_files_of_schema_1_still_load(name, tmp_path):
+    """Written by version 0.1.0; a later version reads them and writes the same numbers again."""
+    path = pathlib.Path(__file__).parent.parent / "fixtures" / name
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    fit = laws.load(path)
+    assert fit.params.to_dict() == stored["params"]
+    assert np.isfinite(fit.conf_int().to_numpy()).all()
+    fit.save(tmp_path / name)
+    assert json.loads((tmp_path / name).read_text(encoding="utf-8"))["draws"] == stored["draws"]
