@@ -26,7 +26,7 @@ from scalelab.schema import at_least
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """See `config.base`."""
+    """See `schema.base`."""
 
     heads: int
     kv_heads: int

@@ -18,7 +18,7 @@ from scalelab.schema import at_least, choice
 
 @dataclasses.dataclass(frozen=True)
 class MLPOptions:
-    """See `config.base`."""
+    """See `schema.base`."""
 
     kind: str
     hidden: int

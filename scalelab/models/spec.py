@@ -22,7 +22,7 @@ class BlockSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A stack is prefix + period * repeats + suffix. The other fields are those of the config, see `config.base`."""
+    """A stack is prefix + period * repeats + suffix. The other fields are those of the config, see `schema.base`."""
 
     vocab_size: int
     width: int
