@@ -1,6 +1,6 @@
 """The README's picture, from the demo's records.
 
-    python analysis/demo_figure.py demo/sweeps/demo.json docs/demo.png
+python analysis/demo_figure.py demo/sweeps/demo.json docs/demo.png
 """
 
 import sys

@@ -226,6 +226,8 @@ def allocation(
             a.text(largest, 0.02, " beyond the data", transform=a.get_xaxis_transform(), fontsize="small", color=GREY)
         a.set(xscale="log", yscale="log", xlim=(C[0], C[-1]), xlabel="training compute C (FLOP)", ylabel=what)
         _human_log(a, "y")
+        if C[-1] > 10 * C[0]:  # there is a whole power of ten to label; the ticks between would run into each other
+            a.tick_params(axis="x", which="minor", labelbottom=False)
     ax[0].legend(
         fontsize="small", loc="upper left", title="bands: 95 % intervals", title_fontsize="small", frameon=False
     )
