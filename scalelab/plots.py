@@ -276,7 +276,8 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
 def _common_error(table: pd.DataFrame, ax: Axes) -> None:
     """Says the standard error over held-out documents instead of drawing it: all runs are scored on the same ones, so
     it moves them together and blurs no difference between them."""
-    if "loss_se" in table and np.isfinite(error := float(table["loss_se"].median())):
+    error: Any = table["loss_se"].median() if "loss_se" in table else np.nan
+    if np.isfinite(error):
         ax.set_title(f"s.e. of the held-out documents ±{error:.2g}, common to all runs", fontsize="small", color=GREY)
 
 
