@@ -9,6 +9,7 @@ import argparse
 import pathlib
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -154,7 +155,13 @@ def _plan(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _stoppable() -> None:
+    """From here on SIGTERM means: resumable. The loops put their own handlers in its place while they run."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))
+
+
 def _train(args: argparse.Namespace) -> int:
+    _stoppable()
     from scalelab import config, sweep, tables, track, train
 
     if (args.spec is None) == (args.config is None):
@@ -178,6 +185,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
+    _stoppable()
     from scalelab import tables
     from scalelab.launch import local
 

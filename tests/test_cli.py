@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from scalelab import records
+from scalelab.paths import write_atomically
 from tests.helpers import TINY, arguments, environment, read_json, scalelab, small_corpus
 
 # One process answers many questions: what is asked is whether main() refuses, not whether Python starts.
 RUNNER = """
 import contextlib, io, json, sys
 from scalelab.cli import main
-from scalelab.paths import write_atomically
 answers = []
 for argv in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()

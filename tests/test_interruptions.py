@@ -107,6 +107,20 @@ def test_full_disk(reference, tmp_path, limit):
     assert_same_run(folder, expected)
 
 
+def test_sigterm_before_the_first_step_is_resumable_too(reference, tmp_path):
+    command, expected = reference
+    folder = tmp_path / "runs" / expected.name
+    with start(*command, cwd=tmp_path, env=environment()) as process:
+        until(process, lambda: (folder / ".lock").exists())
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert records.read(folder) is None
+    done = scalelab(*command, cwd=tmp_path, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, expected)
+
+
 def test_two_processes_cannot_train_the_same_run(reference, tmp_path):
     command, expected = reference
     folder = tmp_path / "runs" / expected.name
