@@ -95,8 +95,9 @@ def record(record: RunRecord, folder: pathlib.Path) -> None:
     if record.status == "diverged":
         console.print(f"{record.id} diverged: {record.reason}", markup=False)
     else:
+        error = "(one held-out document, no s.e.)" if record.loss_se is None else f"± {record.loss_se:.4f}"
         console.print(
-            f"{record.id}: held-out loss {record.loss:.4f} ± {record.loss_se or float('nan'):.4f} nats per token "
+            f"{record.id}: held-out loss {record.loss:.4f} {error} nats per token "
             f"({record.bpb:.4f} bits per byte), {count(record.params)} parameters, {count(record.tokens)} tokens, "
             f"{record.flops:.3g} FLOP, {duration(record.seconds or 0)}",
             highlight=False,
