@@ -27,7 +27,7 @@ class Evaluator:
         weights: Mapping[str, float],
         batch_size: int,
         mesh: Mesh,
-        nll: Callable[[Any, jax.Array], jax.Array],
+        nll: Callable[[Any, Any], jax.Array],
     ):
         self.held_out, self.batch_size, self.mesh, self.nll = held_out, batch_size, mesh, nll
         total = sum(weights[name] for name in held_out)

@@ -64,7 +64,7 @@ def base() -> Config:
             "batch_size": 16,  # sequences in a global batch
             "document_mask": True,  # attention stays inside documents
             "held_out_tokens": 131072,  # at most, per source; whole documents
-            "threads": 2,  # that read ahead
+            "threads": 1,  # that read ahead
         }
     )
     config.optim = ConfigDict(

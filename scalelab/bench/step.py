@@ -29,7 +29,7 @@ def main(pairs: int = 9, steps: int = 100) -> int:
     console = Console(stderr=True)
     conf = config.load(
         "transformer:size=s,dtype=float32",
-        {"data.seq_len": 64, "data.batch_size": 4, "train.steps": steps, "train.eval_every": 0.0,
+        {"data.seq_len": 64, "data.batch_size": 8, "train.steps": steps, "train.eval_every": 0.0,
          "checkpoint.final": "nothing", "data.held_out_tokens": 4096},
     )  # fmt: skip
     corpus = data.open(conf.data)

@@ -135,7 +135,7 @@ class Mixture:
 
 
 # Batches that a thread reads before it is handed the next: handing over costs about as much as a small batch.
-_AT_ONCE = 4
+_AT_ONCE = 8
 
 
 class _Steps:
