@@ -84,7 +84,7 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_arguments(build)
     p = command("bench", "Measure scalelab itself; ratios to a baseline in the same run")
     p.add_argument("what", choices=("step",), help="step: the loop's overhead over the bare jitted step")
-    p.add_argument("--pairs", type=int, default=9, metavar="N", help="interleaved pairs (default: 9)")
+    p.add_argument("--pairs", type=int, default=300, metavar="N", help="interleaved pairs (default: 300)")
     return parser
 
 
