@@ -16,14 +16,17 @@ from typing import Any
 from scalelab.errors import BadInput
 from scalelab.laws import store
 from scalelab.laws.allocate import flops_per_token
-from scalelab.laws.forms.chinchilla import Chinchilla
+from scalelab.laws.fit import Fit
+from scalelab.laws.forms import ALL, Chinchilla
 from scalelab.laws.isoflop import IsoflopFit, isoflop
-from scalelab.laws.law import Fit, Law
+from scalelab.laws.law import Law, define
 from scalelab.laws.notices import Notice
+from scalelab.laws.objective import Objective
+from scalelab.laws.parameter import Parameter, free, negative, positive
 from scalelab.laws.table import Table, read_table
 from scalelab.laws.validate import Holdout, budgets
 
-LAWS: dict[str, type[Law]] = {law.name: law for law in (Chinchilla,)}
+LAWS: dict[str, type[Law]] = {law.name: law for law in ALL}
 
 __all__ = [
     "Chinchilla",
@@ -32,12 +35,18 @@ __all__ = [
     "IsoflopFit",
     "Law",
     "Notice",
+    "Objective",
+    "Parameter",
     "available",
     "budgets",
+    "define",
     "fit",
     "flops_per_token",
+    "free",
     "isoflop",
     "load",
+    "negative",
+    "positive",
     "read_table",
 ]
 
@@ -56,6 +65,6 @@ def fit(law: str | Law, table: Table, **options: Any) -> Fit:
     return law.fit(table, **options)
 
 
-def load(path: str | os.PathLike[str]) -> Any:
-    """A `Fit` or `IsoflopFit` from the file that its `save` wrote, bit for bit."""
-    return store.load(path, LAWS)
+def load(path: str | os.PathLike[str], law: Law | None = None) -> Any:
+    """A `Fit` or `IsoflopFit` from the file that its `save` wrote, bit for bit. `law`: your own, where it is one."""
+    return store.load(path, LAWS, law)

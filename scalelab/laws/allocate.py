@@ -6,12 +6,16 @@ first-order condition is solved numerically in ln N; where no interior minimum e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
 from scalelab.errors import BadInput
+
+if TYPE_CHECKING:
+    from scalelab.laws.law import Law
 
 Cost = float | Callable[[np.ndarray], np.ndarray]
 
@@ -113,3 +117,55 @@ def flops_per_token(
         return np.exp(curve(inside - centre) + slope(inside - centre) * (x - inside))
 
     return cost
+
+
+def search(
+    law: Law, params: Float[np.ndarray, "R P"], flops: Float[np.ndarray, " m"], cost: Cost, others: Mapping[str, float]
+) -> tuple[Float[np.ndarray, "R m"], Float[np.ndarray, "R m"], Float[np.ndarray, "R m"]]:
+    """N*, D* and the target there for any law in params and tokens: the lowest interior minimum along each budget.
+
+    ln N is searched from one parameter to D = N (a spurious minimum at D << N is a known trap of flexible surfaces),
+    first on a grid, then by golden section. NaN where the lowest point is an end of that range.
+    """
+    if not callable(cost) and not float(cost) > 0:
+        raise BadInput("flops_per_param_token", cost, "must be above 0, or a function of the parameter count")
+    R = len(params)
+    out = np.full((3, R, len(flops)), np.nan)
+
+    def along(log_n: np.ndarray, budget: float) -> tuple[np.ndarray, np.ndarray]:
+        """ln D and the target at (R, k) points of ln N."""
+        N = np.exp(log_n)
+        D = budget / (per_token(cost, N) if callable(cost) else float(cost) * N)
+        flat = {"params": N.reshape(-1), "tokens": D.reshape(-1)}
+        flat |= {role: np.full(N.size, float(value)) for role, value in others.items()}
+        # each draw is evaluated at its own points: one row of columns per draw
+        value = np.empty(N.shape)
+        k = N.shape[1]
+        for r in range(R):
+            part = {role: v[r * k : (r + 1) * k] for role, v in flat.items()}
+            value[r] = law.evaluate(params[[r]], part)[0]
+        return D, value
+
+    golden = (np.sqrt(5) - 1) / 2
+    for m, budget in enumerate(flops):
+        top = 0.5 * np.log(
+            budget
+            / (float(cost) if not callable(cost) else float(cost(np.array([np.sqrt(budget)]))[0] / np.sqrt(budget)))
+        )
+        grid = np.linspace(np.log(1e3), top, GRID)
+        _, value = along(np.broadcast_to(grid, (R, GRID)), float(budget))
+        value = np.where(np.isfinite(value), value, np.inf)
+        inner = (value[:, 1:-1] < value[:, :-2]) & (value[:, 1:-1] <= value[:, 2:])
+        at = np.where(inner, value[:, 1:-1], np.inf).argmin(1) + 1
+        found = inner.any(1) & (value[np.arange(R), at] <= value[:, -1])
+        low, high = grid[at - 1], grid[at + 1]
+        for _ in range(40):
+            left, right = high - golden * (high - low), low + golden * (high - low)
+            _, pair = along(np.stack([left, right], axis=1), float(budget))
+            shrink = pair[:, 0] < pair[:, 1]
+            low, high = np.where(shrink, low, left), np.where(shrink, right, high)
+        middle = 0.5 * (low + high)
+        D, value = along(middle[:, None], float(budget))
+        for target, values in zip(out, (np.exp(middle), D[:, 0], value[:, 0]), strict=True):
+            target[:, m] = np.where(found, values, np.nan)
+    return out[0], out[1], out[2]

@@ -13,11 +13,12 @@ import numpy as np
 
 from scalelab.errors import BadInput
 from scalelab.laws.notices import Notice, name_rows
-from scalelab.laws.solver import huber, minimise
 
 if TYPE_CHECKING:
-    from scalelab.laws.law import Fit, Law
-    from scalelab.laws.powersum import PowerSum
+    from scalelab.laws.fit import Fit
+    from scalelab.laws.law import Law
+    from scalelab.laws.objective import Objective
+    from scalelab.laws.regression import Regression
     from scalelab.laws.table import Rows
 
 SYMBOL = {"params": "N", "tokens": "D", "flops": "C"}
@@ -30,34 +31,42 @@ def levels(values: np.ndarray) -> int:
 
 
 def _distinct(rows: Rows, law: Law) -> int:
-    return len(np.unique(np.stack([rows.columns[role] for role in law.inputs]).round(6), axis=1).T)
+    return len(np.unique(np.stack([rows.columns[role] for role in law.inputs]), axis=1).T)
 
 
-def enough_rows(rows: Rows, law: Law) -> None:
-    """Raises `BadInput` where there are fewer rows, or fewer different inputs, than parameters."""
-    need, inputs = len(law.parameters), " and ".join(law.inputs)
-    if len(rows) < need:
-        raise BadInput("table", f"{len(rows)} rows", f"{law.name} has {need} parameters: needs at least that many rows")
-    if _distinct(rows, law) < need:
+def enough_rows(rows: Rows, law: Law, free: int) -> None:
+    """Raises `BadInput` where there are fewer rows, or fewer different inputs, than free parameters."""
+    inputs = " and ".join(law.inputs)
+    if len(rows) < free:
+        raise BadInput("table", f"{len(rows)} rows", f"{law.name} has {free} parameters: needs at least that many rows")
+    if _distinct(rows, law) < free:
         raise BadInput(
-            "table", f"{_distinct(rows, law)} different pairs of {inputs}", f"{law.name} needs at least {need} of them"
+            "table",
+            f"{_distinct(rows, law)} different {'pairs' if len(law.inputs) == 2 else 'values'} of {inputs}",
+            f"{law.name} needs at least {free} of them",
         )
 
 
-def of_fit(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Notice]:
-    """Every finding that needs this one fit only."""
-    yield from _of_design(fit.rows, fit.law)
+def of_solution(fit: Fit) -> Iterator[Notice]:
+    """Every finding that needs no refit: of the design, the columns, the solution."""
+    yield from _of_design(fit.rows, fit.law, fit.record["free"])
     yield from _of_columns(fit.rows)
-    yield from _of_solution(fit, problem, theta)
-    yield from _of_rows(fit, problem, theta)
-    yield from _of_bootstrap(fit, problem, theta)
+    yield from _of_solution(fit, *fit.solved)
+
+
+def of_studies(fit: Fit) -> Iterator[Notice]:
+    """Every finding that needs refits."""
+    if not fit.converged:
+        return
+    yield from _of_rows(fit)
+    yield from _of_bootstrap(fit, *fit.solved)
 
 
 # ------------------------------------------------------------------------------------------------ the data
 
 
-def _of_design(rows: Rows, law: Law) -> Iterator[Notice]:
-    need, n, distinct = len(law.parameters), len(rows), _distinct(rows, law)
+def _of_design(rows: Rows, law: Law, need: int) -> Iterator[Notice]:
+    n, distinct = len(rows), _distinct(rows, law)
     if n < 2 * need or distinct < need + 1:
         hopeless = n < need + 3 or distinct < need + 1
         yield Notice(
@@ -67,7 +76,9 @@ def _of_design(rows: Rows, law: Law) -> Iterator[Notice]:
             f"train at least {2 * need} runs.",
             {"rows": n, "distinct": distinct, "parameters": need},
         )
-    for role in law.inputs:
+    for role in ("params", "tokens", "flops"):
+        if role not in law.inputs:
+            continue
         values, symbol = rows.columns[role], SYMBOL.get(role, role)
         if (count := levels(values)) < 3:
             yield Notice(
@@ -85,8 +96,8 @@ def _of_design(rows: Rows, law: Law) -> Iterator[Notice]:
                 f"vary {symbol} by a factor of 10 or more, or fit a law without it.",
                 {"column": role, "factor": factor},
             )
-    if len(law.inputs) == 2:
-        x, y = (np.log(rows.columns[role]) for role in law.inputs)
+    if {"params", "tokens"} <= set(law.inputs):
+        x, y = (np.log(rows.columns[role]) for role in ("params", "tokens"))
         if x.std() > 0 and y.std() > 0 and abs(corr := float(np.corrcoef(x, y)[0, 1])) > 0.98:
             yield Notice(
                 "collinear-ND",
@@ -95,7 +106,7 @@ def _of_design(rows: Rows, law: Law) -> Iterator[Notice]:
                 "add runs off this line (IsoFLOP budgets), or fit a power law in C.",
                 {"correlation": corr},
             )
-    if (decades := float(np.log10(rows.compute.max() / rows.compute.min()))) < 1.5:
+    if rows.has_compute and (decades := float(np.log10(rows.compute.max() / rows.compute.min()))) < 1.5:
         yield Notice(
             "narrow-range",
             "warning",
@@ -106,8 +117,10 @@ def _of_design(rows: Rows, law: Law) -> Iterator[Notice]:
 
 
 def _of_columns(rows: Rows) -> Iterator[Notice]:
-    N, D = rows.columns["params"], rows.columns["tokens"]
+    N, D = rows.columns.get("params"), rows.columns.get("tokens")
     flops = rows.columns.get("flops")
+    if N is None or D is None:
+        return
     if flops is not None and (known := np.isfinite(flops) & (flops > 0)).any():
         ratio = (flops / (6 * N * D))[known]
         x = np.log(N[known])
@@ -138,8 +151,14 @@ def _of_columns(rows: Rows) -> Iterator[Notice]:
 # ------------------------------------------------------------------------------------------------ the solution
 
 
-def _of_solution(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Notice]:
-    record, names = fit.record, fit.law.parameters
+def free_names(fit: Fit) -> list[str]:
+    """The parameters that were fitted, in the order of the solver's coordinates."""
+    return [name for name in fit.names if name not in fit.options.fixed and name not in fit.options.tied]
+
+
+def _of_solution(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[Notice]:
+    record, names = fit.record, free_names(fit)
+    specs = [fit.law.parameters[name] for name in names]
     if not record["converged"]:
         yield Notice(
             "not-converged",
@@ -151,16 +170,17 @@ def _of_solution(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Not
     if record["agreement"] < 0.5:
         yield Notice(
             "few-starts-agree",
-            "error",
-            f"{record['agreement']:.0%} of {record['starts']} starts reach the best objective.",
-            "the optimum may be local: add runs, or widen delta.",
+            "error" if record["agreeing"] < 2 and record["starts"] > 1 else "warning",
+            f"{record['agreeing']} of {record['starts']} starts reach the best objective.",
+            "the optimum may be local: ask for more starts=, add runs, or widen delta.",
             {"agreement": record["agreement"]},
         )
-    shares = [share[0] for share in problem.shares(theta[None])[1]]
-    terms = dict(zip(names, shares, strict=False))
+    jacobian = problem.jacobian(theta)
+    # d ln L / d ln A is the share of A's term, where the law is linear in A
+    relative = jacobian if fit.options.objective.on == "log" else jacobian / fit.fittedvalues.to_numpy()[:, None]
+    terms = {n: relative[:, i] for i, (n, s) in enumerate(zip(names, specs, strict=True)) if s.linear and s.sign}
     for i, name in enumerate(names):
-        is_term = i < len(shares)
-        if (theta[i] <= problem.lower[i] and not is_term) or theta[i] >= problem.upper[i]:
+        if (theta[i] <= problem.lower[i] and name not in terms) or theta[i] >= problem.upper[i]:
             bound = problem.lower[i] if theta[i] <= problem.lower[i] else problem.upper[i]
             yield Notice(
                 "at-bound",
@@ -169,8 +189,8 @@ def _of_solution(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Not
                 "look for a term that the data do not determine, or for a loss that another term explains.",
                 {"parameter": name, "bound": float(bound)},
             )
-    E, lowest = float(fit.estimate[0]), float(fit.rows.columns["loss"].min())
-    if terms["E"].max() < 1e-5:
+    E, lowest = float(fit.params.get("E", np.nan)), float(fit.observed.min())
+    if "E" in terms and terms["E"].max() < 1e-5:
         yield Notice(
             "E-below-zero",
             "warning",
@@ -186,20 +206,19 @@ def _of_solution(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Not
             "look at the lowest runs: the law does not hold for them.",
             {"E": E, "lowest": lowest},
         )
-    for name, share in list(terms.items())[1:]:
-        if share.max() < 0.01:
+    for name, share in terms.items():
+        if name != "E" and np.abs(share).max() < 0.01:
             yield Notice(
                 "tiny-term",
                 "warning",
-                f"the term of {name} is below 1 % of the loss in every row ({share.max():.2g} at most): "
+                f"the term of {name} is below 1 % of the loss in every row ({np.abs(share).max():.2g} at most): "
                 "its coefficient and exponent mean little.",
                 "widen the sweep toward small values of that column, or fit a law without the term.",
-                {"term": name, "largest_share": float(share.max())},
+                {"term": name, "largest_share": float(np.abs(share).max())},
             )
 
-    jacobian = problem.jacobian(theta)
-    size = np.abs(np.log(fit.fittedvalues.to_numpy()) - problem.log_loss)
-    weight = fit.rows.weights * record["delta"] / np.maximum(size, record["delta"])
+    residual = problem.model(theta[None])[0] - problem.data
+    weight = fit.rows.weights * fit.options.objective.rho(residual)[3]
     information = jacobian.T @ (weight[:, None] * jacobian)
     scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
     value, vector = np.linalg.eigh(information / np.outer(scale, scale))
@@ -215,17 +234,15 @@ def _of_solution(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Not
         )
 
 
-def _of_rows(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Notice]:
+def _of_rows(fit: Fit) -> Iterator[Notice]:
     residual = fit.resid.to_numpy()
     centre = np.median(residual)
     scale = max(1.4826 * float(np.median(np.abs(residual - centre))), 1e-9)
     far = np.abs(residual - centre) / scale
-    if not (far > 8).any():
+    if not (far > 8).any() or (far <= 8).sum() <= fit.record["free"]:
         return
-    keep = far <= 8
-    weights = np.where(keep, fit.rows.weights, 0.0)
-    without = problem.natural(minimise(problem, theta[None], weights, fit.record["delta"]).theta)[0]
-    moved = ", ".join(f"{n} {v:.4g}" for n, v in zip(fit.law.parameters, without, strict=True))
+    without = fit.refit(fit.rows.take(far <= 8)).estimate
+    moved = ", ".join(f"{n} {v:.4g}" for n, v in zip(fit.names, without, strict=True))
     # A run that ends 30 % above the law has not merely noise: it diverged, or is of another kind.
     for code, which in (
         ("diverged-run", (far > 8) & (residual > 0.26)),
@@ -242,12 +259,12 @@ def _of_rows(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Notice]
                 {
                     "rows": names,
                     "scales": far[which].tolist(),
-                    "params_without": dict(zip(fit.law.parameters, without.tolist(), strict=True)),
+                    "params_without": dict(zip(fit.names, without.tolist(), strict=True)),
                 },
             )
 
 
-def _of_bootstrap(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[Notice]:
+def _of_bootstrap(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[Notice]:
     draws = fit.record["draws"]
     if not draws:
         return
@@ -262,31 +279,36 @@ def _of_bootstrap(fit: Fit, problem: PowerSum, theta: np.ndarray) -> Iterator[No
             numbers,
         )
         return
-    error = sandwich(problem, theta, fit.rows.weights, fit.record["delta"])
+    error = sandwich(problem, theta, fit.rows.weights, fit.options.objective)
     good = fit.samples[np.isfinite(fit.samples).all(1)]
     if error is None or len(good) < 20:
         return
-    exponents = slice(len(fit.law.parameters) - problem.terms, None)
-    width = np.subtract(*np.quantile(good[:, exponents], [0.975, 0.025], axis=0)) / (2 * 1.96)
-    if (width < 0.2 * error[exponents]).any():
+    # of exponents and the like: what the solver moves as it is, so that its error is the parameter's own
+    plain = [(i, fit.names.index(n)) for i, n in enumerate(free_names(fit)) if not fit.law.parameters[n].sign]
+    mine, theirs = np.array(plain, int).reshape(-1, 2).T
+    width = np.subtract(*np.quantile(good[:, theirs], [0.975, 0.025], axis=0)) / (2 * 1.96)
+    error = error[mine]
+    if (width < 0.2 * error).any():
         yield Notice(
             "bootstrap-degenerate",
             "warning",
             "the bootstrap intervals are under a fifth of the Hessian's standard errors: refits that stop early, or "
             "draws that are no resamples.",
             "check the draws given; report this table as a bug otherwise.",
-            numbers | {"bootstrap": width.tolist(), "hessian": error[exponents].tolist()},
+            numbers | {"bootstrap": width.tolist(), "hessian": error.tolist()},
         )
 
 
-def sandwich(problem: PowerSum, theta: np.ndarray, weights: np.ndarray, delta: float) -> np.ndarray | None:
+def sandwich(problem: Regression, theta: np.ndarray, weights: np.ndarray, objective: Objective) -> np.ndarray | None:
     """Standard errors of theta from curvature and scores (Huber 1967), None where too few rows have curvature."""
-    hessian = problem.evaluate(theta[None], weights[None], delta)[2][0]
+    hessian = problem.evaluate(theta[None], weights[None], objective)[2][0]
     jacobian = problem.jacobian(theta)
-    residual = problem.shares(theta[None])[0][0] - problem.log_loss
-    if (np.abs(residual) < delta).sum() < 2 * len(theta) or np.linalg.eigvalsh(hessian)[0] <= 0:
+    residual = problem.model(theta[None])[0] - problem.data
+    _, slope, bend, _ = objective.rho(residual)
+    curved = np.broadcast_to(bend, residual.shape) > 0
+    if curved.sum() < 2 * len(theta) or np.linalg.eigvalsh(hessian)[0] <= 0:
         return None
-    score = jacobian * (weights * huber(residual, delta)[1])[:, None]
+    score = jacobian * (weights * slope)[:, None]
     inverse = np.linalg.inv(hessian)
     return np.sqrt(np.maximum(np.diag(inverse @ (score.T @ score) @ inverse), 0))
 
@@ -296,16 +318,17 @@ def sandwich(problem: PowerSum, theta: np.ndarray, weights: np.ndarray, delta: f
 
 def extrapolation(fit: Fit, columns: Mapping[str, np.ndarray], flops: np.ndarray | None = None) -> None:
     """Adds `far-extrapolation` where N, D, D/N or C lie outside the fitted range: beyond a decade it warns."""
-    N, D = fit.rows.columns["params"], fit.rows.columns["tokens"]
-    asked = 6.0 * columns["params"] * columns["tokens"] if flops is None else flops
+    known = {SYMBOL.get(role, role): fit.rows.columns[role] for role in fit.law.inputs if role != fit.law.group}
+    wanted = {SYMBOL.get(role, role): columns[role] for role in fit.law.inputs if role in columns}
+    if {"N", "D"} <= set(known) and {"N", "D"} <= set(wanted):
+        known |= {"C": fit.rows.compute, "D/N": known["D"] / known["N"]}
+        wanted |= {"C": 6.0 * wanted["N"] * wanted["D"] if flops is None else flops, "D/N": wanted["D"] / wanted["N"]}
     distance = {}
-    for name, known, wanted in (
-        ("C", fit.rows.compute, asked),
-        ("N", N, columns["params"]),
-        ("D", D, columns["tokens"]),
-        ("D/N", D / N, columns["tokens"] / columns["params"]),
-    ):
-        beyond = max(np.log10(wanted.max() / known.max()), np.log10(known.min() / wanted.min()))
+    for name in sorted(known.keys() & wanted.keys()):
+        have, ask = known[name], wanted[name]
+        if not ((have > 0).all() and (ask > 0).all()):
+            continue
+        beyond = max(np.log10(ask.max() / have.max()), np.log10(have.min() / ask.min()))
         if beyond > 0.05:
             distance[name] = float(beyond)
     if not distance:
@@ -314,14 +337,14 @@ def extrapolation(fit: Fit, columns: Mapping[str, np.ndarray], flops: np.ndarray
     if any(n.code == "far-extrapolation" and max(n.numbers["decades"].values()) >= furthest for n in fit.notices):
         return
     held = fit.holdout()
-    known = (
+    error = (
         f"held-out error at {held.distance:.2f} decades: {held.error:.2%}" if held.ok else "no held-out error is known"
     )
     fit.add(
         Notice(
             "far-extrapolation",
             "warning" if furthest > 1 else "note",
-            f"asked beyond the data by {', '.join(f'{d:.2f} decades of {n}' for n, d in distance.items())} ({known}).",
+            f"asked beyond the data by {', '.join(f'{d:.2f} decades of {n}' for n, d in distance.items())} ({error}).",
             "train a run nearer to the target; an interval covers the noise, not a wrong form.",
             {"decades": distance, "holdout_error": held.error if held.ok else None},
         )

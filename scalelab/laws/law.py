@@ -1,63 +1,124 @@
-"""Law: a form and how it is fitted. Fit: the result.
+"""Law: a form, its parameters and its columns, and how it is fitted to a table.
 
-A form (one file in `forms/`) says what its parameters and inputs are, poses the regression for the solver and
-evaluates itself; everything else, from bad input to intervals, is here once for all forms.
+A form (one file in `forms/`) says what its parameters and inputs are and computes its target from them; everything
+else, from bad input to intervals, is here once for all forms.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
 from scalelab.errors import BadInput
-from scalelab.laws import checks, validate
+from scalelab.laws import allocate, checks
+from scalelab.laws import objective as objectives
 from scalelab.laws.allocate import Cost
-from scalelab.laws.powersum import GRID, PowerSum
-from scalelab.laws.resample import resample
-from scalelab.laws.result import Result, jsonable, provenance
-from scalelab.laws.solver import minimise
+from scalelab.laws.fit import Fit, Options
+from scalelab.laws.objective import HUBER, Objective
+from scalelab.laws.parameter import Parameter
+from scalelab.laws.progress import progress
+from scalelab.laws.regression import Constrained, FormRegression, Regression
+from scalelab.laws.resample import Resamples
+from scalelab.laws.result import provenance
+from scalelab.laws.solver import Solution, minimise
 from scalelab.laws.table import Rows, Table, inputs_of, prepare
 
-if TYPE_CHECKING:
-    from scalelab.laws.validate import Holdout
-
-BLOCKS, STARTS = 4, 8  # the grid of exponents is cut into BLOCKS x BLOCKS; the best STARTS blocks give a start each
-COARSE_GRID = np.geomspace(0.1, 1.0, 8)  # each bootstrap resample's own second start
+STARTS = 8
 AGREE = 1e-6  # relative excess of the objective up to which a start has found the optimum
 
 
 class Law:
     """A scaling law. Stateless: `fit` returns the result.
 
-    A form defines `name`, `parameters`, `inputs` (roles of the columns it takes), `equation`, `source`, `problem` and
-    `evaluate`; where it has a compute-optimal allocation also `optimum` and `exponents`.
+    A form defines `name`, `parameters`, `inputs` (roles of the columns it takes), `target` (role of what it
+    predicts), `equation`, `source`, `objective` (its source's) and `formula`. Where there is a faster or better
+    conditioned way than derivatives of the formula it also defines `problem`; where it allocates compute in its own
+    way, `optimum` and `exponents`.
     """
 
     name: str
-    parameters: tuple[str, ...]
+    parameters: Mapping[str, Parameter]
     inputs: tuple[str, ...]
+    target: str = "loss"
     equation: str
     source: str
+    objective: Objective = HUBER
+    may_be_zero: tuple[str, ...] = ()  # roles whose values may be 0 or negative (a sparsity, a logarithm, ...)
+    group: str | None = None  # role of a label (family, corpus, task) that the formula takes as integers
+    published: Mapping[str, Mapping[str, float]] = types.MappingProxyType({})  # who -> its constants, to compare with
+    scale: tuple[str, ...] = ()  # roles whose product orders rows by size, for hold-out; default: compute, or inputs[0]
 
-    def problem(self, columns: Mapping[str, np.ndarray]) -> PowerSum:
-        """The regression of these columns (by role, loss included) for the solver."""
+    def formula(self, p: Any, x: Any) -> Any:
+        """The target from parameters p.name and columns x.role, in NumPy operations that broadcast.
+
+        It is called with arrays, p of shape (draws, 1) and x of shape (rows,), and with `Jet`s for p.
+        """
         raise NotImplementedError
+
+    def columns_of(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """What the formula sees as x: the input columns, or what a form computes from them once."""
+        return {role: columns[role] for role in self.inputs}
+
+    def problem(self, columns: Mapping[str, np.ndarray], on: str) -> Regression:
+        """The regression of these columns (by role, target included), residuals on "log" or "value"."""
+        return FormRegression(self, columns, on)
 
     def evaluate(self, params: Float[np.ndarray, "R P"], columns: Mapping[str, np.ndarray]) -> Float[np.ndarray, "R n"]:
-        """The loss at n inputs for each of R parameter vectors."""
-        raise NotImplementedError
+        """The target at n inputs for each of R parameter vectors."""
+        x = types.SimpleNamespace(**self.columns_of(columns))
+        p = types.SimpleNamespace(**{name: params[:, i, None] for i, name in enumerate(self.parameters)})
+        with np.errstate(all="ignore"):  # draws may be wild
+            value = self.formula(p, x)
+        rows = len(next(iter(columns.values())))
+        return np.broadcast_to(value, (len(params), rows)) * 1.0
 
-    def optimum(self, params: Float[np.ndarray, "R P"], flops: Float[np.ndarray, " m"], cost: Cost):
-        """N*, D*, loss, each (R, m); see `allocate.optimum`."""
-        raise BadInput("law", self.name, "has no compute-optimal allocation of parameters and tokens")
+    def predict(self, constants: str | Mapping[str, float], table: Table) -> pd.Series:
+        """The target at a table's inputs under given constants: a name in `published`, or parameter -> value.
 
-    def exponents(self, params: Float[np.ndarray, "R P"]) -> Float[np.ndarray, "R 3"]:
-        """a, b, gamma; see `allocate.exponents`."""
-        raise BadInput("law", self.name, "has no compute-optimal allocation of parameters and tokens")
+        Published constants hold for their source's data, tokenizer and way of counting; they are no fit to yours.
+        """
+        if isinstance(constants, str):
+            if constants not in self.published:
+                raise BadInput("constants", constants, f"must be one of {', '.join(self.published) or 'none'}")
+            constants = self.published[constants]
+        missing = [name for name in self.parameters if name not in constants]
+        if missing:
+            raise BadInput("constants", list(constants), f"lack {', '.join(missing)}")
+        columns, index = inputs_of(table, self.inputs, {}, self.may_be_zero)
+        params = np.array([[float(constants[name]) for name in self.parameters]])
+        return pd.Series(self.evaluate(params, columns)[0], index=index, name=self.target)
+
+    # ---------------------------------------------------------------------------------------- allocation
+
+    @property
+    def allocates(self) -> bool:
+        """Whether there is a compute-optimal choice of parameters and tokens."""
+        return {"params", "tokens"} <= set(self.inputs)
+
+    def optimum(
+        self, params: Float[np.ndarray, "R P"], flops: Float[np.ndarray, " m"], cost: Cost, **others: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """N*, D*, loss, each (R, m); NaN where there is no interior minimum. See `allocate.search`.
+
+        `others` are the law's further inputs (experts, streams, ...), held at one value.
+        """
+        if not self.allocates:
+            raise BadInput("law", self.name, "has no compute-optimal allocation of parameters and tokens")
+        missing = [role for role in self.inputs if role not in ("params", "tokens", *others)]
+        if missing:
+            raise BadInput("optimal", missing, f"{self.name} needs a value for each: optimal(C, {missing[0]}=...)")
+        return allocate.search(self, params, flops, cost, others)
+
+    def exponents(self, params: Float[np.ndarray, "R P"]) -> Float[np.ndarray, "R 3"] | None:
+        """a, b, gamma of N* ~ C^a, D* ~ C^b, L* - E ~ C^-gamma, where they are constants; None otherwise."""
+        return None
+
+    # ---------------------------------------------------------------------------------------- fit
 
     def fit(
         self,
@@ -65,10 +126,16 @@ class Law:
         *,
         columns: Mapping[str, str] | None = None,
         bootstrap: int | Int[np.ndarray, "draws rows"] = 1000,
-        cluster: str | None = None,
+        cluster: str | None = "auto",
+        method: str = "pairs",
+        stratify: str | None = None,
         seed: int = 0,
         weights: str | Sequence[float] | np.ndarray | None = None,
-        delta: float = 1e-3,
+        objective: str | Objective | None = None,
+        delta: float | str | None = None,
+        fixed: Mapping[str, float] | None = None,
+        tied: Mapping[str, str] | None = None,
+        starts: int | None = None,
         drop: bool = False,
     ) -> Fit:
         """Fit the law to a table of runs: a pandas DataFrame or a mapping of columns.
@@ -76,234 +143,198 @@ class Law:
         Args:
           columns: role -> column, for tables that do not use RunRecord's names (params, tokens, loss, ...).
           bootstrap: number of draws (0: a point fit without intervals), or an array (draws, rows) of row indices.
-          cluster: column whose values are resampled whole; by default each row is a run of its own.
+          cluster: column whose values are resampled whole. "auto": `run`, or `id`, where rows share one. None: rows.
+          method: of the bootstrap: pairs, wild or parametric; see `resample.Resamples`.
+          stratify: column within whose values rows (or clusters) are resampled.
           seed: of the bootstrap. Same seed, same rows: same draws.
           weights: a column, or one positive number per row, that multiplies the row's loss.
-          delta: width of the Huber loss on ln L; far above the residuals it is least squares.
+          objective: by name or a `laws.Objective`; by default the one of the law's source.
+          delta: width of a Huber (or scale of a Student) objective; "auto" takes it from the residuals.
+          fixed: parameters held at a value. tied: parameter -> the parameter that it equals.
+          starts: how many starting points to polish.
           drop: leave rows with NaN, infinite or non-positive values out instead of raising.
 
         Raises `BadInput` for what cannot be fitted at all; anything that merely makes the result doubtful is in
         `Fit.warnings`.
         """
-        if not (np.isfinite(delta) and delta > 0):
-            raise BadInput("delta", delta, "must be above 0")
-        rows = prepare(table, self.inputs, columns=columns, weights=weights, cluster=cluster, drop=drop)
-        checks.enough_rows(rows, self)
-        problem = self.problem(rows.columns)
+        options = Options(
+            objective=objectives.parse(objective, self.objective, delta), fixed=dict(fixed or {}),
+            tied=dict(tied or {}), method=method, seed=int(seed), starts=starts or STARTS,
+        )  # fmt: skip
+        rows = prepare(
+            table, self.inputs, target=self.target, columns=columns, weights=weights, cluster=cluster,
+            stratify=stratify, drop=drop, may_be_zero=self.may_be_zero, group=self.group,
+        )  # fmt: skip
+        about = {
+            "weights": "all 1" if weights is None else (weights if isinstance(weights, str) else "given"),
+            "columns": dict(columns or {}),
+        }
+        return self.fit_rows(rows, options, bootstrap, about)
 
-        starts = problem.starts(rows.weights[None], GRID, BLOCKS)[0, :STARTS]
-        # A first pass with a wider Huber zone brings far starts near; it need not finish. Starts that crawl along a
-        # valley are let go, and counted as not agreeing; the best one is carried to its end.
-        lead = minimise(problem, starts, rows.weights, 10 * delta, tolerance=1e-4, max_iterations=30)
-        found = minimise(problem, lead.theta, rows.weights, delta, max_iterations=60)
-        best = int(found.value.argmin())
-        if not found.converged[best]:
-            last = minimise(problem, found.theta[best], rows.weights, delta)
-            found.theta[best], found.value[best] = last.theta[0], last.value[0]
-            found.converged[best], found.iterations[best] = (
-                last.converged[0],
-                found.iterations[best] + last.iterations[0],
-            )
-        floor = AGREE * found.value[best] + 1e-24 * rows.weights.sum()
-        agreeing = found.converged & (found.value <= found.value[best] + floor)
-
-        counts, redrawn = resample(rows, bootstrap, seed, len(self.parameters))
-        samples, boundary = self._refit(problem, found.theta[best], counts * rows.weights, delta)
-        theta = found.theta[best]
+    def fit_rows(
+        self, rows: Rows, options: Options, bootstrap: int | np.ndarray = 0, about: Mapping[str, Any] | None = None,
+        near: Float[np.ndarray, " P"] | None = None,
+    ) -> Fit:  # fmt: skip
+        """Fit rows that are prepared already. `near`: parameters to start from too, as those of a kindred fit."""
+        free = len(self.parameters) - len(options.fixed) - len(options.tied)
+        checks.enough_rows(rows, self, free)
+        problem = self._regression(rows, options)
+        resamples = Resamples(rows, bootstrap, options.seed, free, options.method, rows.strata)
+        goal = options.objective
+        starts = problem.starts(rows.weights, goal, options.starts)
+        if near is not None:
+            starts = np.concatenate([problem.internal(near[None]), starts])
+        if goal.delta is None and goal.kind != "squares":
+            first = self._polish(problem, starts, rows.weights, objectives.first_pass(goal, problem.data))
+            goal = objectives.with_scale(goal, problem.model(first.theta[[0]])[0] - problem.data)
+            starts = np.concatenate([first.theta[:1], starts])
+            options = options.replace(objective=goal)
+        found = self._polish(problem, starts, rows.weights, goal)
+        theta = found.theta[0]
+        agreeing = found.converged & (
+            found.value
+            <= found.value[0] * (1 + AGREE) + 1e-24 * rows.weights.sum() * max(1.0, np.abs(problem.data).max()) ** 2
+        )
+        samples, boundary = self._refit(problem, found, rows, goal, resamples, free)
         record = {
             "law": self.name,
             "equation": self.equation,
             "source": self.source,
-            "objective": f"sum of weights x Huber(ln L_model - ln L), delta = {delta:g}",
-            "delta": float(delta),
-            "value": float(found.value[best]),
-            "converged": bool(found.converged[best]),
-            "iterations": int(found.iterations[best]),
+            "objective": str(goal),
+            "delta": goal.delta,
+            "options": options.document(),
+            "value": float(found.value[0]),
+            "converged": bool(found.converged[0]),
+            "iterations": int(found.iterations[0]),
             "starts": len(starts),
             "agreement": float(agreeing.mean()),
+            "agreeing": int(agreeing.sum()),
+            "free": free,
             "rows": len(rows),
             "rows_in_table": len(rows.position),
-            "weights": "all 1" if weights is None else (weights if isinstance(weights, str) else "given"),
-            "bootstrap": "pairs" if cluster is None else f"clusters of {cluster}",
-            "draws": len(counts),
+            "weights": "all 1",
+            "columns": {},
+            "cluster": rows.cluster,
+            "bootstrap": resamples.name + (f" of clusters ({rows.cluster})" if rows.clusters is not None else ""),
+            "draws": resamples.draws,
             "draws_failed": int((~np.isfinite(samples).all(1)).sum()),
             "draws_at_boundary": int(boundary.sum()),
-            "draws_redrawn": redrawn,
-            "seed": int(seed),
-            "cluster": cluster,
-            "columns": dict(columns or {}),
-            "data_sha256": rows.digest(self.inputs),
+            "draws_redrawn": resamples.redrawn,
+            "seed": options.seed,
+            "data_sha256": rows.digest((*self.inputs, self.target)),
             **provenance(),
+            **(about or {}),
         }
-        fit = Fit(self, rows, problem.natural(theta[None])[0], samples, list(rows.notices), record)
-        for notice in checks.of_fit(fit, problem, theta):
-            fit.add(notice)
-        return fit
+        estimate = problem.natural(theta[None])[0]
+        return Fit(self, rows, options, estimate, samples, list(rows.notices), record, (problem, theta))
 
-    def _refit(self, problem: PowerSum, optimum: np.ndarray, weights: np.ndarray, delta: float):
-        """Each resample's own optimum, the better of two starts: the point fit, and its own best coarse grid point."""
-        if not len(weights):
-            return np.empty((0, len(self.parameters))), np.zeros(0, bool)
-        warm = minimise(problem, np.broadcast_to(optimum, (len(weights), len(optimum))), weights, delta)
-        own = problem.starts(weights, COARSE_GRID, 1)[:, 0]
-        cold = minimise(problem, own, weights, delta)
-        better = cold.converged & ((cold.value < warm.value) | ~warm.converged)
-        theta = np.where(better[:, None], cold.theta, warm.theta)
-        boundary = ((theta <= problem.lower) | (theta >= problem.upper)).any(1)
-        samples = problem.natural(theta)
-        identified = (weights > 0).sum(1) >= len(self.parameters)
-        samples[~((warm.converged | cold.converged) & identified)] = np.nan
+    def _regression(self, rows: Rows, options: Options) -> Regression:
+        problem = self.problem(rows.columns, options.objective.on)
+        if options.fixed or options.tied:
+            specs = list(self.parameters.values())
+            problem = Constrained(problem, list(self.parameters), specs, options.fixed, options.tied)
+        return problem
+
+    @staticmethod
+    def _polish(problem: Regression, starts: np.ndarray, weights: np.ndarray, goal: Objective) -> Solution:
+        """Every start's own minimum, the best first and carried to its end.
+
+        A first pass with a wider Huber zone brings far starts near; it need not finish. Starts that crawl along a
+        valley are let go, and counted as not agreeing.
+        """
+        lead = minimise(problem, starts, weights, goal.widened(10), tolerance=1e-4, max_iterations=30)
+        found = minimise(problem, lead.theta, weights, goal, max_iterations=60)
+        order = np.argsort(np.where(np.isfinite(found.value), found.value, np.inf), kind="stable")
+        found = Solution(*(getattr(found, name)[order] for name in ("theta", "value", "converged", "iterations")))
+        if not found.converged[0]:
+            last = minimise(problem, found.theta[0], weights, goal)
+            found.theta[0], found.value[0], found.converged[0] = last.theta[0], last.value[0], last.converged[0]
+            found.iterations[0] += last.iterations[0]
+        return found
+
+    def _refit(
+        self, problem: Regression, found: Solution, rows: Rows, goal: Objective, resamples: Resamples, free: int
+    ) -> tuple[Float[np.ndarray, "R P"], np.ndarray]:
+        """Each draw's own optimum: the better of the point fit's basin and a start of its own (`cold_starts`), or, for
+        a law without these, of every local optimum that the point fit met."""
+        optimum = found.theta[0]
+        samples = np.full((resamples.draws, len(self.parameters)), np.nan)
+        boundary = np.zeros(resamples.draws, bool)
+        others = _other_optima(found)
+        fitted = problem.model(optimum[None])[0]
+        with progress(resamples.draws, f"{self.name}: bootstrap") as advance:
+            for part, counts, data in resamples.chunks(fitted, problem.data, free):
+                weights = counts * rows.weights
+                lanes = part.stop - part.start
+                best = minimise(problem, np.broadcast_to(optimum, (lanes, len(optimum))), weights, goal, data=data)
+                theta, value, converged = best.theta, best.value, best.converged
+                own = problem.cold_starts(weights) if data is None else None
+                for start in [own] if own is not None else [np.broadcast_to(o, theta.shape) for o in others]:
+                    rival = minimise(problem, start, weights, goal, data=data)
+                    better = rival.converged & ((rival.value < value) | ~converged)
+                    theta = np.where(better[:, None], rival.theta, theta)
+                    value, converged = np.where(better, rival.value, value), converged | rival.converged
+                boundary[part] = ((theta <= problem.lower) | (theta >= problem.upper)).any(1)
+                good = converged & ((weights > 0).sum(1) >= free)
+                samples[part] = np.where(good[:, None], problem.natural(theta), np.nan)
+                advance(lanes)
         return samples, boundary
 
 
-class Fit(Result):
-    """A fitted law. Everything comes back as pandas or NumPy; intervals are percentiles of bootstrap draws."""
-
-    kind = "fit"
-
-    def __init__(self, law: Law, rows: Rows, estimate, samples, notices, record):
-        super().__init__(law.parameters, estimate, samples, notices, record)
-        self.law, self.rows = law, rows
-        self._holdouts: dict[float | None, Holdout] = {}
-
-    @property
-    def nobs(self) -> int:
-        """Rows fitted."""
-        return len(self.rows)
-
-    @property
-    def converged(self) -> bool:
-        return bool(self.record["converged"])
-
-    @property
-    def fittedvalues(self) -> pd.Series:
-        """The law at the fitted rows, with the table's own index."""
-        values = self.law.evaluate(self.estimate[None], self.rows.columns)[0]
-        return pd.Series(values, index=self.rows.index, name="loss")
-
-    @property
-    def resid(self) -> pd.Series:
-        """ln(loss) - ln(law): positive where a run is worse than the law says."""
-        return pd.Series(np.log(self.rows.columns["loss"]), index=self.rows.index, name="resid") - np.log(
-            self.fittedvalues
-        )
-
-    def predict(self, table: Table) -> pd.Series:
-        """The loss at the table's inputs. A far extrapolation adds to `warnings`."""
-        columns, index = inputs_of(table, self.law.inputs, self.record["columns"])
-        checks.extrapolation(self, columns)
-        return pd.Series(self.law.evaluate(self.estimate[None], columns)[0], index=index, name="loss")
-
-    def predict_draws(self, table: Table) -> Float[np.ndarray, "draws n"]:
-        """The loss at the table's inputs under every bootstrap draw."""
-        columns, _ = inputs_of(table, self.law.inputs, self.record["columns"])
-        return self.law.evaluate(self.samples, columns)
-
-    def optimal(
-        self, C: float | Sequence[float] | np.ndarray, flops_per_param_token: Cost = 6.0
-    ) -> pd.Series | pd.DataFrame:
-        """The compute-optimal parameters, tokens and loss for a training budget of C FLOPs, with 95 % intervals.
-
-        `flops_per_param_token` is k in C = k N D, or a function from N to FLOPs per token (as
-        `laws.flops_per_token(table)` gives from measured runs). A Series for one budget, a DataFrame for many, with
-        `flops, params, params_lower, params_upper, tokens, ..., loss, ...`. NaN, and a warning, where the loss has
-        no interior optimum.
-        """
-        budgets = np.atleast_1d(np.asarray(C, dtype=np.float64))
-        if budgets.ndim != 1 or not (np.isfinite(budgets) & (budgets > 0)).all():
-            raise BadInput("C", C, "must be positive FLOPs, one number or a list of them")
-        frame = self.optima(budgets, flops_per_param_token)
-        at = {role: np.asarray(frame[role]) for role in ("params", "tokens")}
-        checks.no_optimum(self, budgets, at["params"])
-        found = np.isfinite(at["params"])
-        if found.any():
-            checks.extrapolation(self, {role: values[found] for role, values in at.items()}, budgets[found])
-        return frame if np.ndim(C) else frame.iloc[0].rename(float(budgets[0]))
-
-    def optima(self, flops: Float[np.ndarray, " m"], flops_per_param_token: Cost = 6.0) -> pd.DataFrame:
-        """As `optimal`, for figures: adds no warnings, however far the budgets lie."""
-        point = self.law.optimum(self.estimate[None], flops, flops_per_param_token)
-        drawn = self.law.optimum(self.samples, flops, flops_per_param_token)
-        out = {"flops": flops}
-        for name, value, samples in zip(("params", "tokens", "loss"), point, drawn, strict=True):
-            out[name] = value[0]
-            out[f"{name}_lower"], out[f"{name}_upper"] = self.interval(samples)
-        return pd.DataFrame(out)
-
-    def allocation(self, level: float = 0.95) -> pd.DataFrame:
-        """a, b, gamma of N* ~ C^a, D* ~ C^b, L* - E ~ C^-gamma under C = k N D, with intervals."""
-        lower, upper = self.interval(self.law.exponents(self.samples), level)
-        point = self.law.exponents(self.estimate[None])[0]
-        return pd.DataFrame({"estimate": point, "lower": lower, "upper": upper}, index=["a", "b", "gamma"])
-
-    def holdout(self, cut: float | None = None) -> Holdout:
-        """Refit without the runs of at least `cut` FLOPs and predict them; by default the largest budget's runs."""
-        if cut not in self._holdouts:
-            self._holdouts[cut] = validate.holdout(self, cut)
-        return self._holdouts[cut]
-
-    def summary(self, level: float = 0.95) -> str:
-        """Law, data, objective, parameters with intervals, allocation, hold-out and warnings, as text."""
-        r = self.record
-        lines = [
-            f"{self.law.name}: {self.law.equation}",
-            f"{r['rows']} of {r['rows_in_table']} rows; {r['objective']} = {r['value']:.10g}",
-            f"{'converged' if r['converged'] else 'NOT CONVERGED'} in {r['iterations']} iterations; "
-            f"{r['agreement']:.0%} of {r['starts']} starts agree; "
-            f"{r['draws']} bootstrap draws ({r['bootstrap']}, seed {r['seed']}, {r['draws_failed']} failed)",
-            "",
-            *self.parameter_lines(level),
-            "",
-        ]
-        for name, row in self.allocation(level).iterrows():
-            symbol = {"a": "N* ~ C^a", "b": "D* ~ C^b", "gamma": "L* - E ~ C^-gamma"}[str(name)]
-            interval = "" if np.isnan(row.lower) else f" {row.lower:12.5g} {row.upper:12.5g}"
-            lines.append(f"{name:>8} {row.estimate:12.5g}{interval}   {symbol}")
-        lines += ["", self.holdout().summary(), "", *self.notice_lines()]
-        return "\n".join(lines)
-
-    @property
-    def plot(self) -> Plot:
-        """Figures: each method takes and returns a matplotlib `ax`."""
-        return Plot(self)
-
-    def document(self) -> dict[str, Any]:
-        rows = self.rows
-        stored = {
-            "columns": dict(rows.columns),
-            "index": list(rows.index),
-            "names": rows.names,
-            "weights": rows.weights,
-            "clusters": rows.clusters,
-            "position": rows.position,
-        }
-        return super().document() | {"law": self.law.name, "rows": jsonable(stored)}
+def _other_optima(found: Solution) -> list[np.ndarray]:
+    """Converged local optima that are worse by less than a factor two: one may be a resample's best."""
+    out: list[np.ndarray] = []
+    values = [found.value[0]]
+    for theta, value, converged in zip(found.theta[1:], found.value[1:], found.converged[1:], strict=True):
+        if converged and value < 2 * found.value[0] and all(value > v * (1 + 1e-4) for v in values):
+            out.append(theta)
+            values.append(value)
+    return out[:2]
 
 
-class Plot:
-    """`fit.plot.surface(ax)` and so on; matplotlib is imported on the first call."""
+class Defined(Law):
+    """A law made by `define`."""
 
-    def __init__(self, fit: Fit):
-        self._fit = fit
+    def __init__(self, name: str, formula: Callable[[Any, Any], Any], **attributes: Any):
+        self.name, self._formula = name, formula
+        for key, value in attributes.items():
+            setattr(self, key, value)
 
-    def _draw(self, function: str, *args: Any) -> Any:
-        from scalelab import plots
+    def formula(self, p: Any, x: Any) -> Any:
+        return self._formula(p, x)
 
-        draw: Callable[..., Any] = getattr(plots, function)
-        return draw(*args)
 
-    def surface(self, ax: Any = None) -> Any:
-        """Loss over N and D with the compute-optimal frontier."""
-        return self._draw("surface", self._fit, None, ax)
+def define(
+    name: str,
+    formula: Callable[[Any, Any], Any],
+    *,
+    inputs: Sequence[str],
+    target: str = "loss",
+    objective: str | Objective = HUBER,
+    equation: str = "",
+    source: str = "defined by the user",
+    may_be_zero: Sequence[str] = (),
+    **parameters: Parameter,
+) -> Law:
+    """A law of your own, with everything that the built-in ones have.
 
-    def residuals(self, ax: Any = None) -> Any:
-        """Measured against fitted loss."""
-        return self._draw("measured", self._fit, ax)
+        mine = laws.define("mine", lambda p, x: p.E + p.A * x.params**-p.alpha, inputs=("params",),
+                           E=laws.positive(0.5, 5), A=laws.positive(1, 1e4), alpha=laws.free(0.05, 1))
+        mine.fit(table)
 
-    def frontier(self, flops: Sequence[float], ax: Any = None) -> Any:
-        """N* and D* against C (FLOPs, lowest and highest), with bands."""
-        return self._draw("allocation", {self._fit.law.name: self._fit}, flops, ax)
-
-    def holdout(self, ax: Any = None) -> Any:
-        """The held-out runs, predicted and measured."""
-        return self._draw("holdout", self._fit, ax)
+    `formula(p, x)` computes the target from parameters `p.name` and columns `x.role` in NumPy operations (+, *, **,
+    np.exp, np.log, np.maximum, np.where, np.sum, ...), which also carry its derivatives. Each parameter says its sign
+    and where to look for it: `positive`, `negative` or `free`; `linear=True` where the law is linear in it.
+    """
+    if not parameters:
+        raise BadInput("parameters", "none", "name at least one: alpha=laws.free(0.05, 1)")
+    wrong = [k for k, v in parameters.items() if not isinstance(v, Parameter)]
+    if wrong:
+        raise BadInput(f"parameter {wrong[0]}", parameters[wrong[0]], "must be laws.positive, negative or free")
+    if not inputs:
+        raise BadInput("inputs", inputs, "name the columns that the formula takes")
+    return Defined(
+        name, formula, parameters=parameters, inputs=tuple(inputs), target=target,
+        objective=objectives.parse(objective, HUBER, None), equation=equation or name, source=source,
+        may_be_zero=tuple(may_be_zero),
+    )  # fmt: skip

@@ -10,14 +10,16 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from scalelab.laws.solver import huber
+from scalelab.laws.regression import Regression
 
 EXPONENTS = (1e-3, 4.0)  # what a fitted exponent may be
 LOG_TERM = (-35.0, 5.0)  # a term at the centre of the data, relative to the geometric mean of the loss
 GRID = np.geomspace(0.03, 1.6, 16)  # exponents tried in the search for starts
+BLOCKS = 4  # the grid is cut into BLOCKS^K blocks, each of which gives a start
+COARSE_GRID = np.geomspace(0.1, 1.0, 8)  # for each bootstrap resample's own second start
 
 
-class PowerSum:
+class PowerSum(Regression):
     """The regression of ln L on K positive columns.
 
     `columns` is K arrays of n positive numbers, `loss` n positive numbers. The model in logs is a log-sum-exp, which
@@ -29,11 +31,15 @@ class PowerSum:
         self.centres = np.array([x.mean() for x in logs])
         self.x = [x - c for x, c in zip(logs, self.centres, strict=True)]
         self.terms, self.rows = len(columns), len(loss)
-        self.log_loss = np.log(loss)
-        self.level = self.log_loss.mean()
+        self.data = np.log(loss)
+        self.level = self.data.mean()
         coefficients = self.terms + 1
         self.lower = np.array([self.level + LOG_TERM[0]] * coefficients + [EXPONENTS[0]] * self.terms)
         self.upper = np.array([self.level + LOG_TERM[1]] * coefficients + [EXPONENTS[1]] * self.terms)
+        # u = (ln E, ln A_k, gamma_k), with ln A_k = ln A_k' + gamma_k centre_k
+        self.to_units = np.eye(2 * self.terms + 1)
+        for k, centre in enumerate(self.centres):
+            self.to_units[1 + k, 1 + self.terms + k] = centre
         one = np.ones(self.rows)
         self._features = {
             (k, l): np.stack([one, self.x[k], self.x[l], self.x[k] * self.x[l]], axis=1)
@@ -53,6 +59,16 @@ class PowerSum:
         floor = np.where(theta[..., :1] < self.level - 20, 0.0, np.exp(theta[..., :1]))
         return np.concatenate([floor, np.exp(theta[..., 1 : K + 1] + gamma * self.centres), gamma], axis=-1)
 
+    def internal(self, params):
+        K = self.terms
+        with np.errstate(divide="ignore"):
+            logs = np.log(params[..., : K + 1])
+        logs[..., 1:] -= params[..., K + 1 :] * self.centres
+        return np.clip(np.concatenate([logs, params[..., K + 1 :]], axis=-1), self.lower, self.upper)
+
+    def model(self, theta):
+        return self.shares(theta)[0]
+
     def shares(self, theta: Float[np.ndarray, "S P"]) -> tuple[Float[np.ndarray, "S n"], list[np.ndarray]]:
         """ln of the model, and each term's share of it (floor first)."""
         K = self.terms
@@ -71,19 +87,18 @@ class PowerSum:
 
     # ---------------------------------------------------------------------------------------- derivatives
 
-    def evaluate(self, theta, weights, delta):
-        """See `solver.Problem`. With z = ln model and shares p_k: dz = sum_k p_k c_k for log-terms linear in theta,
+    def evaluate(self, theta, weights, objective, data=None):
+        """See `Regression`. With z = ln model and shares p_k: dz = sum_k p_k c_k for log-terms linear in theta,
         d2z = sum_k p_k c_k c_k' - dz dz'; so every entry of the Hessian is a sum over rows of a product of shares
         times a monomial in the columns, which one matrix product per pair of terms gives."""
         K = self.terms
         model, p = self.shares(theta)
-        residual = model - self.log_loss
-        loss, slope = huber(residual, delta)
-        size = np.abs(residual)
+        residual = model - (self.data if data is None else data)
+        loss, slope, bend, robust = objective.rho(residual)
         value = (weights * loss).sum(-1)
         push = weights * slope
-        bend = weights * (size <= delta) - push
-        robust = weights * (delta / np.maximum(size, delta))
+        bend = weights * bend - push
+        robust = weights * robust
 
         P = 2 * K + 1
         gradient, metric = np.empty((len(theta), P)), np.empty((len(theta), P))
@@ -122,7 +137,15 @@ class PowerSum:
 
     # ---------------------------------------------------------------------------------------- starting points
 
-    def starts(self, weights: Float[np.ndarray, "R n"], grid: np.ndarray, blocks: int) -> Float[np.ndarray, "R S P"]:
+    def starts(self, weights, objective, count):
+        return self.grid_starts(weights[None], GRID, BLOCKS)[0, :count]
+
+    def cold_starts(self, weights):
+        return self.grid_starts(weights, COARSE_GRID, 1)[:, 0]
+
+    def grid_starts(
+        self, weights: Float[np.ndarray, "R n"], grid: np.ndarray, blocks: int
+    ) -> Float[np.ndarray, "R S P"]:
         """Starting points by variable projection (Golub & Pereyra 1973), for every row of weights.
 
         For fixed exponents the law is linear in E and A_k: relative least squares over the whole grid of exponents
@@ -130,7 +153,7 @@ class PowerSum:
         block's best point is returned, best first, so that the starts are spread and not neighbours.
         """
         K, G, R = self.terms, len(grid), len(weights)
-        relative = np.exp(self.level - self.log_loss)
+        relative = np.exp(self.level - self.data)
         basis = [np.exp(-grid[:, None] * x) * relative for x in self.x]  # (G, n): X_k^-gamma / L
         square = weights * relative**2
         index = np.stack(np.meshgrid(*[np.arange(G)] * K, indexing="ij"), -1).reshape(-1, K)  # (G^K, K)

@@ -20,7 +20,7 @@ from scalelab.errors import BadInput
 from scalelab.laws.notices import Notice
 from scalelab.paths import save
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Result:
@@ -40,7 +40,7 @@ class Result:
         record: dict[str, Any],
     ):
         self.names, self.estimate, self.samples = names, estimate, samples
-        self.notices, self.record = list(notices), record
+        self._notices, self.record = list(notices), record
 
     # ---------------------------------------------------------------------------------------- numbers
 
@@ -53,6 +53,11 @@ class Result:
     def draws(self) -> pd.DataFrame:
         """The estimates of each bootstrap draw; NaN where the refit did not converge."""
         return pd.DataFrame(self.samples, columns=list(self.names)).rename_axis("draw")
+
+    @property
+    def notices(self) -> list[Notice]:
+        """Findings so far."""
+        return self._notices
 
     @property
     def warnings(self) -> list[Notice]:
@@ -97,7 +102,7 @@ class Result:
 
     def add(self, notice: Notice) -> None:
         """Keep a finding, once: a later one of the same code takes the place of the earlier."""
-        self.notices = [n for n in self.notices if n.code != notice.code] + [notice]
+        self._notices = [n for n in self._notices if n.code != notice.code] + [notice]
 
     # ---------------------------------------------------------------------------------------- text
 
@@ -141,7 +146,7 @@ class Result:
             "kind": self.kind,
             "params": dict(zip(self.names, map(float, self.estimate), strict=True)),
             "draws": self.samples.tolist(),
-            "warnings": [vars(n) for n in self.notices],
+            "warnings": [vars(n) for n in self._notices],
             "record": self.record,
         }
 

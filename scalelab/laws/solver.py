@@ -1,41 +1,28 @@
-"""The solver: batched damped Newton for the Huber loss on log residuals, in float64.
+"""The solver: batched damped Newton for robust regressions, in float64.
 
-A *problem* knows its residuals; the solver knows nothing of laws. Lanes (starting points, bootstrap resamples) run
+A `Regression` knows its residuals; the solver knows nothing of laws. Lanes (starting points, bootstrap resamples) run
 in lockstep along the first axis, with the rows' weights per lane: a resample is a vector of row counts. Lanes that
 are done leave the batch.
 
-The damping metric is the diagonal of the iteratively reweighted Gauss-Newton matrix (each row weighted by
-min(1, delta/|r|)), so that no step, bound or stopping rule depends on the scale of the objective, on units, or on
-whether the rows' losses are summed or averaged.
+The damping metric is the diagonal of the iteratively reweighted Gauss-Newton matrix, so that no step, bound or stopping
+rule depends on the scale of the objective, on units, or on whether the rows' losses are summed or averaged.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from scalelab.laws.objective import Objective
+from scalelab.laws.regression import Regression
+
 # Relative to the objective: the most that the quadratic model of a converged lane still promises to gain.
 TOLERANCE = 1e-13
-# A log residual this small is rounding: the objective of a perfect fit is never asked to fall below it.
+# A residual this small, relative to the data, is rounding: the objective of a perfect fit is never asked to fall below.
 ROUNDING = 1e-14
 LANE_ELEMENTS = 1 << 14  # lanes x rows that are worked on at once: the arrays stay in the second-level cache
-
-
-class Problem(Protocol):
-    """A robust regression: `rows` residuals in `lower.size` parameters, box-bounded."""
-
-    rows: int
-    lower: Float[np.ndarray, " P"]
-    upper: Float[np.ndarray, " P"]
-
-    def evaluate(
-        self, theta: Float[np.ndarray, "S P"], weights: Float[np.ndarray, "S n"], delta: float
-    ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "S P"], Float[np.ndarray, "S P P"], Float[np.ndarray, "S P"]]:
-        """Objective, gradient, Hessian, and the diagonal of the reweighted Gauss-Newton matrix."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +33,19 @@ class Solution:
     iterations: Int[np.ndarray, " S"]
 
 
-def huber(residual: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Huber's loss, r^2/2 inside |r| <= delta and delta (|r| - delta/2) outside, and its derivative."""
-    slope = np.clip(residual, -delta, delta)
-    return slope * (residual - 0.5 * slope), slope
-
-
 def minimise(
-    problem: Problem,
+    problem: Regression,
     theta: Float[np.ndarray, "S P"],
     weights: Float[np.ndarray, "S n"] | Float[np.ndarray, " n"],
-    delta: float,
+    objective: Objective,
     *,
+    data: Float[np.ndarray, "S n"] | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = 300,
 ) -> Solution:
-    """Each lane's local minimum of sum_i w_i Huber_delta(r_i(theta)), from its own start.
+    """Each lane's local minimum of sum_i w_i rho(r_i(theta)), from its own start.
+
+    `data` gives lanes targets of their own, on the objective's scale (wild and parametric bootstraps).
 
     A lane has converged when its quadratic model promises less than `tolerance` times the objective. Lanes that do
     not get there in `max_iterations` come back as they are, with `converged` False.
@@ -70,23 +54,33 @@ def minimise(
     weights = np.broadcast_to(np.asarray(weights, dtype=np.float64), (len(theta), problem.rows))
     lanes = max(1, LANE_ELEMENTS // max(1, problem.rows))
     parts = [
-        _newton(problem, theta[i : i + lanes], weights[i : i + lanes], delta, tolerance, max_iterations)
+        _newton(
+            problem,
+            theta[i : i + lanes],
+            weights[i : i + lanes],
+            objective,
+            None if data is None else data[i : i + lanes],
+            tolerance,
+            max_iterations,
+        )
         for i in range(0, len(theta), lanes)
     ]
     return Solution(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Solution)))
 
 
-def _newton(problem: Problem, theta, weights, delta, tolerance, max_iterations) -> Solution:
+def _newton(problem: Regression, theta, weights, objective, data, tolerance, max_iterations) -> Solution:
     size = len(theta)
     out = Solution(theta.copy(), np.full(size, np.inf), np.zeros(size, bool), np.zeros(size, int))
     lane = np.arange(size)  # where each working lane reports to
-    value, gradient, hessian, metric = problem.evaluate(theta, weights, delta)
+    value, gradient, hessian, metric = problem.evaluate(theta, weights, objective, data)
     damping = np.full(size, 1e-3)
+    smallest = 0.5 * (ROUNDING * max(1.0, float(np.abs(problem.data).max()))) ** 2
     for iteration in range(max_iterations + 1):
         step, promise = _step(problem, theta, gradient, hessian, metric, damping)
-        floor = 0.5 * ROUNDING**2 * weights.sum(axis=1)
+        floor = smallest * weights.sum(axis=1)
         done = promise <= tolerance * (value + floor) + floor
-        stuck = damping > 1e15
+        done &= np.isfinite(value)
+        stuck = (damping > 1e15) | ~np.isfinite(value)
         if iteration == max_iterations:
             stuck[:] = True
         leaving = done | stuck
@@ -101,10 +95,11 @@ def _newton(problem: Problem, theta, weights, delta, tolerance, max_iterations) 
             lane, theta, weights, value, gradient, hessian, metric, damping, step = (
                 a[stay] for a in (lane, theta, weights, value, gradient, hessian, metric, damping, step)
             )
+            data = None if data is None else data[stay]
         trial = np.clip(theta + step, problem.lower, problem.upper)
         step = trial - theta
         predicted = -((gradient * step).sum(-1) + 0.5 * np.einsum("si,sij,sj->s", step, hessian, step))
-        new = problem.evaluate(trial, weights, delta)
+        new = problem.evaluate(trial, weights, objective, data)
         with np.errstate(divide="ignore", invalid="ignore"):
             gain = (value - new[0]) / predicted
         good = (new[0] < value) & (predicted > 0)

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from scalelab.errors import BadInput
+from scalelab.laws.fit import Fit, Options
 from scalelab.laws.isoflop import IsoflopFit
-from scalelab.laws.law import Fit, Law
+from scalelab.laws.law import Law
 from scalelab.laws.notices import Notice
+from scalelab.laws.objective import Objective
 from scalelab.laws.result import SCHEMA, Result
-from scalelab.laws.table import Rows
+from scalelab.laws.table import LABELS, Rows
 
 
-def load(path: str | os.PathLike[str], known: dict[str, type[Law]]) -> Any:
-    """A fit from its file, bit for bit. `known` maps names to laws. Raises `BadInput` for other files."""
+def load(path: str | os.PathLike[str], known: Mapping[str, Callable[[], Law]], law: Law | None = None) -> Any:
+    """A fit from its file, bit for bit. `known` maps names to laws; `law` is the user's own, where it is theirs.
+
+    Raises `BadInput` for other files.
+    """
     path = pathlib.Path(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -40,10 +46,22 @@ def load(path: str | os.PathLike[str], known: dict[str, type[Law]]) -> Any:
     fit: Result
     if kind == "isoflop":
         fit = IsoflopFit.restore(names, *common, document)
-    elif document["law"] in known:
-        fit = Fit(known[document["law"]](), _rows(document["rows"]), *common)
     else:
-        raise BadInput(f"{path.name}: law", document["law"], f"is none of {', '.join(sorted(known))}")
+        name = document["law"]
+        if law is None and name not in known:
+            remedy = f"is none of {', '.join(sorted(known))}; for a law of your own: laws.load(path, law=...)"
+            raise BadInput(f"{path.name}: law", name, remedy)
+        law = law or known[name]()
+        if (law.name, tuple(law.parameters)) != (name, names):
+            raise BadInput(f"{path.name}: law", f"{name} of {', '.join(names)}", f"is not the law given, {law.name}")
+        record = common[3]
+        if "options" in record:
+            options = Options.restore(record["options"])
+        else:  # schema 1
+            options = Options(Objective("huber", "log", record["delta"]), seed=record["seed"])
+            record |= {"free": len(names), "agreeing": round(record["agreement"] * record["starts"])}
+        fit = Fit(law, _rows(document["rows"]), options, *common)
+        fit._examined = fit._studied = True  # its findings are in the file
     return fit
 
 
@@ -54,15 +72,18 @@ def array(values: list[Any]) -> np.ndarray:
 
 def _rows(stored: dict[str, Any]) -> Rows:
     columns = {
-        role: np.array(values) if role in ("id", "family", "seed") else array(values)
-        for role, values in stored["columns"].items()
+        role: np.array(values) if role in LABELS else array(values) for role, values in stored["columns"].items()
     }
-    clusters = stored["clusters"]
+    optional = {name: None if stored.get(name) is None else np.array(stored[name]) for name in ("clusters", "strata")}
     return Rows(
         columns,
         pd.Index(stored["index"]),
         stored["names"],
         array(stored["weights"]),
-        None if clusters is None else np.array(clusters),
+        optional["clusters"],
         np.array(stored["position"]),
+        keys=tuple(stored.get("keys", ("params", "tokens", "loss"))),
+        cluster=stored.get("cluster"),
+        strata=optional["strata"],
+        labels=tuple(stored.get("labels", ())),
     )

@@ -16,9 +16,13 @@ from jaxtyping import Int
 from scalelab.errors import BadInput, FeatureMissing
 from scalelab.laws.notices import Notice, name_rows
 
-# Role -> the column it is read from unless `columns=` says otherwise: the names of RunRecord.
-ROLES = ("params", "tokens", "loss", "flops", "loss_se", "unique_tokens", "status", "seed", "id", "family")
-NUMBERS = ("params", "tokens", "loss", "flops", "loss_se", "unique_tokens")
+# Roles that any table may fill beside the law's own inputs and target. A role is read from the column of its name,
+# which is RunRecord's, unless `columns=` says otherwise.
+NUMBERS = (
+    "params", "params_non_embedding", "tokens", "loss", "flops", "loss_se", "unique_tokens", "lr", "batch_tokens",
+    "seq_len", "vocab_size", "step", "steps",
+)  # fmt: skip
+LABELS = ("status", "seed", "id", "family", "run", "data_seed", "schedule", "tokenizer", "eval_set", "params_kind")
 
 Table = pd.DataFrame | Mapping[str, Any]
 
@@ -38,24 +42,38 @@ class Rows:
     clusters: np.ndarray | None
     position: Int[np.ndarray, " table"]
     notices: tuple[Notice, ...] = ()
+    keys: tuple[str, ...] = ("params", "tokens", "loss")  # the law's inputs and target, which order and identify rows
+    cluster: str | None = None  # the column that `clusters` comes from
+    strata: np.ndarray | None = None
+    labels: tuple[str, ...] = ()  # the values of the law's group column, whose integers are in `columns`
 
     def __len__(self) -> int:
         return len(self.weights)
 
     @property
     def compute(self) -> np.ndarray:
-        """Training FLOPs: the `flops` column where it is known, 6 N D elsewhere."""
-        plain = 6.0 * self.columns["params"] * self.columns["tokens"]
+        """Training FLOPs: the `flops` column where it is known, 6 N D elsewhere. Needs `has_compute`."""
         flops = self.columns.get("flops")
+        if "params" not in self.columns or "tokens" not in self.columns:
+            assert flops is not None
+            return flops
+        plain = 6.0 * self.columns["params"] * self.columns["tokens"]
         return plain if flops is None else np.where(np.isfinite(flops) & (flops > 0), flops, plain)
+
+    @property
+    def has_compute(self) -> bool:
+        flops = self.columns.get("flops")
+        measured = flops is not None and bool((np.isfinite(flops) & (flops > 0)).all())
+        known = [self.columns.get(role) for role in ("params", "tokens")]
+        return measured or all(v is not None and bool((np.isfinite(v) & (v > 0)).all()) for v in known)
 
     def order(self) -> np.ndarray:
         """Positions in a canonical order, so that nothing depends on the order of the caller's table."""
-        return np.lexsort([self.weights, self.columns["loss"], self.columns["tokens"], self.columns["params"]])
+        return np.lexsort([self.weights, *(self.columns[role] for role in reversed(self.keys))])
 
-    def digest(self, inputs: Sequence[str]) -> str:
+    def digest(self, roles: Sequence[str]) -> str:
         """SHA-256 of what the fit sees, whatever the order of the rows."""
-        seen = np.stack([*(self.columns[role] for role in (*inputs, "loss")), self.weights])[:, self.order()]
+        seen = np.stack([*(self.columns[role] for role in roles), self.weights])[:, self.order()]
         return hashlib.sha256(np.ascontiguousarray(seen).tobytes()).hexdigest()
 
     def take(self, keep: np.ndarray) -> Rows:
@@ -68,7 +86,18 @@ class Rows:
             self.weights[kept],
             None if self.clusters is None else self.clusters[kept],
             np.arange(len(kept)),
+            (),
+            self.keys,
+            self.cluster,
+            None if self.strata is None else self.strata[kept],
+            self.labels,
         )
+
+    def document(self) -> dict[str, Any]:
+        """Everything but the notices, which are the fit's."""
+        return {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("index", "notices")
+        } | {"index": list(self.index)}
 
 
 def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -101,19 +130,25 @@ def prepare(
     table: Table,
     inputs: Sequence[str],
     *,
+    target: str = "loss",
     columns: Mapping[str, str] | None = None,
     weights: str | Sequence[float] | np.ndarray | None = None,
-    cluster: str | None = None,
+    cluster: str | None = "auto",
+    stratify: str | None = None,
     drop: bool = False,
+    may_be_zero: Sequence[str] = (),
+    group: str | None = None,
 ) -> Rows:
     """The table's rows that can be fitted, by role.
 
     Runs whose `status` is not "done" are left out, with a notice that names them. NaN, infinite or non-positive
-    values of an input, the loss or a weight raise `BadInput` that names the rows, or are left out with a notice where
-    `drop` is true. A row equal to an earlier one in every input, loss and seed is counted once, with a notice.
+    values of an input, the target or a weight raise `BadInput` that names the rows, or are left out with a notice where
+    `drop` is true; roles in `may_be_zero` need only be finite. A row equal to an earlier one in every input, target and
+    seed is counted once, with a notice. `cluster="auto"`: the column `run`, or `id`, where two rows share a value.
     """
     frame = _frame(table)
-    source = _sources(frame, columns or {}, (*inputs, "loss"))
+    own = (*inputs, target)
+    source = _sources(frame, columns or {}, own)
     notices: list[Notice] = []
     names = [str(v) for v in (frame[source["id"]] if "id" in source else frame.index)]
     keep = np.ones(len(frame), bool)
@@ -138,12 +173,18 @@ def prepare(
         if not keep.any():
             raise BadInput("table", f"{len(frame)} rows", "has no row whose status is done")
 
-    values = {
-        role: _numbers(frame, source[role], required=role in (*inputs, "loss")) for role in NUMBERS if role in source
-    }
+    labels: tuple[str, ...] = ()
+    values: dict[str, np.ndarray] = {}
+    for role in dict.fromkeys([*own, *NUMBERS]):
+        if role == group:
+            values[role], labels = _labels(frame, source[role], keep)
+        elif role in source:
+            values[role] = _numbers(frame, source[role], required=role in own)
     weight = _weights(frame, weights)
     for what, test in (("nonfinite", lambda v: ~np.isfinite(v)), ("nonpositive", lambda v: v <= 0)):
-        for role, array in [*((r, values[r]) for r in (*inputs, "loss")), ("weights", weight)]:
+        for role, array in [*((r, values[r]) for r in own), ("weights", weight)]:
+            if what == "nonpositive" and (role in may_be_zero or role == group):
+                continue
             bad = keep & test(array)
             if not bad.any():
                 continue
@@ -170,7 +211,7 @@ def prepare(
 
     position = np.full(len(frame), -1)
     kept = np.flatnonzero(keep)
-    key = [values[role][kept] for role in (*inputs, "loss")]
+    key = [values[role][kept] for role in own]
     if "seed" in source:
         key.append(pd.factorize(frame[source["seed"]].iloc[kept])[0])
     _, where, inverse = np.unique(np.stack(key, axis=1), axis=0, return_index=True, return_inverse=True)
@@ -190,11 +231,15 @@ def prepare(
             )
         )
 
-    if cluster is not None and cluster not in frame:
-        raise BadInput("cluster", cluster, f"no such column; the table has {', '.join(map(str, frame.columns))}")
+    if cluster == "auto":
+        shared = (source[role] for role in ("run", "id") if role in source)
+        cluster = next((c for c in shared if frame[c].iloc[used].duplicated().any()), None)
+    for field, column in (("cluster", cluster), ("stratify", stratify)):
+        if column is not None and column not in frame:
+            raise BadInput(field, column, f"no such column; the table has {', '.join(map(str, frame.columns))}")
     columns_used: dict[str, np.ndarray] = {role: array[used] for role, array in values.items()}
-    for role in ("id", "family", "seed"):
-        if role in source:
+    for role in LABELS:
+        if role in source and role not in columns_used and role != "status":
             columns_used[role] = frame[source[role]].to_numpy()[used]
     return Rows(
         columns_used,
@@ -204,23 +249,48 @@ def prepare(
         None if cluster is None else pd.factorize(frame[cluster].iloc[used], use_na_sentinel=False)[0],
         position,
         tuple(notices),
+        own,
+        cluster,
+        None if stratify is None else pd.factorize(frame[stratify].iloc[used], use_na_sentinel=False)[0],
+        labels,
     )
 
 
-def inputs_of(table: Table, roles: Sequence[str], columns: Mapping[str, str]) -> tuple[dict[str, np.ndarray], pd.Index]:
-    """The named roles of a table at which to evaluate a law; values must be finite and positive."""
+def inputs_of(
+    table: Table,
+    roles: Sequence[str],
+    columns: Mapping[str, str],
+    may_be_zero: Sequence[str] = (),
+    group: str | None = None,
+    labels: Sequence[str] = (),
+) -> tuple[dict[str, np.ndarray], pd.Index]:
+    """The named roles of a table at which to evaluate a law: finite, and positive unless they may be 0."""
     frame = _frame(table)
     source = _sources(frame, {k: v for k, v in columns.items() if v in frame}, roles)
-    values = {role: _numbers(frame, source[role], required=True) for role in roles}
-    for role, array in values.items():
-        bad = ~(np.isfinite(array) & (array > 0))
+    values = {}
+    for role in roles:
+        if role == group:
+            unknown = set(frame[source[role]].astype(str)) - set(labels)
+            if unknown:
+                raise BadInput(f"column {source[role]}", sorted(unknown)[:5], f"the fit knows {', '.join(labels)}")
+            values[role] = frame[source[role]].astype(str).map(list(labels).index).to_numpy(float)
+            continue
+        array = values[role] = _numbers(frame, source[role], required=True)
+        bad = ~(np.isfinite(array) & ((array > 0) | (role in may_be_zero)))
         if bad.any():
             raise BadInput(
                 f"column {source[role]}",
                 array[bad][:5].tolist(),
-                f"must be finite and above 0; see row {name_rows(frame.index[bad])}",
+                f"must be finite{'' if role in may_be_zero else ' and above 0'}; see row {name_rows(frame.index[bad])}",
             )
     return values, frame.index
+
+
+def _labels(frame: pd.DataFrame, column: str, keep: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """A column of labels as integers, and the labels in sorted order."""
+    text = frame[column].astype(str)
+    labels = tuple(sorted(set(text[keep])))
+    return np.searchsorted(labels, text).astype(float), labels
 
 
 def _frame(table: Table) -> pd.DataFrame:
@@ -242,12 +312,13 @@ def _frame(table: Table) -> pd.DataFrame:
 def _sources(frame: pd.DataFrame, columns: Mapping[str, str], required: Sequence[str]) -> dict[str, str]:
     """Role -> column of this table."""
     have = ", ".join(map(str, frame.columns))
+    roles = tuple(dict.fromkeys([*required, *NUMBERS, *LABELS]))
     for role, column in columns.items():
-        if role not in ROLES:
-            raise BadInput("columns", role, f"is no role; roles are {', '.join(ROLES)}")
+        if role not in roles:
+            raise BadInput("columns", role, f"is no role of this law; its roles are {', '.join(roles)}")
         if column not in frame:
             raise BadInput(f"columns[{role}]", column, f"no such column; the table has {have}")
-    source = {role: columns.get(role, role) for role in ROLES if columns.get(role, role) in frame}
+    source = {role: columns.get(role, role) for role in roles if columns.get(role, role) in frame}
     for role in required:
         if role not in source:
             raise BadInput(

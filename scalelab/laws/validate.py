@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from scalelab.errors import BadInput
 
 if TYPE_CHECKING:
-    from scalelab.laws.law import Fit
+    from scalelab.laws.fit import Fit
 
 DRAWS = 200  # bootstrap draws of the refit, for the band of its predictions
 GAP = 0.18  # two runs belong to different budgets where ln C between neighbours jumps by more (about 20 %)
@@ -34,6 +34,7 @@ class Holdout:
     distance: float = float("nan")
     table: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
     errors: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+    called: str = "C"  # what `cut` is in
     reason: str = ""
 
     @property
@@ -50,7 +51,7 @@ class Holdout:
             return f"hold-out: none ({self.reason})"
         rest = ", ".join(f"{name} {row.mean_abs:.2%}" for name, row in self.errors.iloc[1:].iterrows())
         return (
-            f"hold-out: fitted to {self.fitted} runs, {self.held_out} of C >= {self.cut:.3g} predicted "
+            f"hold-out: fitted to {self.fitted} runs, {self.held_out} of {self.called} >= {self.cut:.3g} predicted "
             f"({self.distance:.2f} decades on): mean error {self.error:.2%} "
             f"(bias {self.errors.loc['law', 'bias']:+.2%}); {rest}"
         )
@@ -81,55 +82,67 @@ def default_cut(flops: Float[np.ndarray, " n"]) -> float:
 
 def holdout(fit: Fit, cut: float | None = None) -> Holdout:
     """See `Fit.holdout`."""
-    compute = fit.rows.compute
+    law, rows = fit.law, fit.rows
+    size, called = scale_of(fit)
     if cut is None:
-        cut = default_cut(compute)
-    elif not compute.min() < cut <= compute.max():
-        raise BadInput(
-            "cut", cut, f"must lie among the runs' compute, above {compute.min():.4g} up to {compute.max():.4g}"
-        )
-    train, test = fit.rows.take(compute < cut), fit.rows.take(compute >= cut)
-    need = len(fit.law.parameters) + 1
-    inputs = {role: train.columns[role] for role in fit.law.inputs}
-    different = len(np.unique(np.stack(list(inputs.values())), axis=1).T) if len(train) else 0
+        cut = default_cut(size)
+    elif not size.min() < cut <= size.max():
+        raise BadInput("cut", cut, f"must lie among the runs' {called}, above {size.min():.4g} up to {size.max():.4g}")
+    fewer, test = rows.take(size < cut), rows.take(size >= cut)
+    need = fit.record["free"] + 1
+    inputs = {role: fewer.columns[role] for role in law.inputs}
+    different = len(np.unique(np.stack(list(inputs.values())), axis=1).T) if len(fewer) else 0
     if different < need:
-        why = f"{different} different runs below C = {cut:.3g}, {need} needed"
-        return Holdout(cut, len(train), len(test), reason=why)
-
-    refit = fit.law.fit(
-        {**inputs, "loss": train.columns["loss"], "replicate": np.arange(len(train)), "weight": train.weights}
-        | ({} if train.clusters is None else {"cluster": train.clusters}),
-        columns={"seed": "replicate"},  # duplicates were settled by the first fit
-        weights="weight",
-        cluster=None if train.clusters is None or len(np.unique(train.clusters)) < 2 else "cluster",
-        bootstrap=min(DRAWS, fit.record["draws"]),
-        seed=fit.record["seed"],
-        delta=fit.record["delta"],
-    )
+        why = f"{different} different runs below {called} = {cut:.3g}, {need} needed"
+        return Holdout(cut, len(fewer), len(test), called=called, reason=why)
+    clustered = fewer.clusters is not None and len(np.unique(fewer.clusters)) < 2
+    refit = fit.refit(fewer, bootstrap=0 if clustered else min(DRAWS, fit.record["draws"]))
     if not refit.converged:
-        return Holdout(cut, len(train), len(test), reason="the fit to the smaller runs did not converge")
-    measured = test.columns["loss"]
-    ask = {role: test.columns[role] for role in fit.law.inputs}
-    table = pd.DataFrame({"flops": test.compute, **ask, "loss": measured}, index=test.index)
-    table["predicted"] = fit.law.evaluate(refit.estimate[None], ask)[0]
-    table["lower"], table["upper"] = refit.interval(fit.law.evaluate(refit.samples, ask))
-    table["nearest run"] = _nearest(inputs, train.columns["loss"], ask)
-    table["power law in C"] = _power_law(train.compute, train.columns["loss"], test.compute)
+        why = "the fit to the smaller runs did not converge"
+        return Holdout(cut, len(fewer), len(test), called=called, reason=why)
+    measured = test.columns[law.target]
+    ask = {role: test.columns[role] for role in law.inputs}
+    table = pd.DataFrame({"flops" if called == "C" else "size": size[size >= cut], **ask, law.target: measured})
+    table.index = test.index
+    table["predicted"] = law.evaluate(refit.estimate[None], ask)[0]
+    table["lower"], table["upper"] = refit.interval(law.evaluate(refit.samples, ask))
+    table["nearest run"] = _nearest(inputs, fewer.columns[law.target], ask)
+    power = f"power law in {called}"
+    table[power] = _power_law(size[size < cut], fewer.columns[law.target], size[size >= cut])
     table["error"] = table["predicted"] / measured - 1
-    relative = table[["predicted", "nearest run", "power law in C"]].div(measured, axis=0) - 1
+    relative = table[["predicted", "nearest run", power]].div(measured, axis=0) - 1
     errors = pd.DataFrame({"mean_abs": relative.abs().mean(), "bias": relative.mean(), "worst": relative.abs().max()})
-    distance = float(np.log10(test.compute.max() / train.compute.max()))
-    return Holdout(cut, len(train), len(test), distance, table, errors.rename(index={"predicted": "law"}))
+    distance = float(np.log10(size.max() / size[size < cut].max()))
+    errors = errors.rename(index={"predicted": "law"})
+    return Holdout(cut, len(fewer), len(test), distance, table, errors, called)
+
+
+def scale_of(fit: Fit) -> tuple[np.ndarray, str]:
+    """What orders runs by size, and its name: the law's own `scale`, else compute, else its first input."""
+    rows, law = fit.rows, fit.law
+    if not law.scale and rows.has_compute:
+        return rows.compute, "C"
+    roles = law.scale or law.inputs[:1]
+    symbol = {"params": "N", "tokens": "D"}
+    return np.prod([rows.columns[role] for role in roles], axis=0), " ".join(symbol.get(r, r) for r in roles)
 
 
 def _nearest(inputs: dict[str, np.ndarray], loss: np.ndarray, ask: dict[str, np.ndarray]) -> np.ndarray:
     """The loss of the fitted run that is nearest in the logs of the inputs."""
-    distance = sum((np.log(ask[role])[:, None] - np.log(inputs[role])) ** 2 for role in inputs)
+    distance = np.zeros((len(next(iter(ask.values()))), len(loss)))
+    for role in inputs:
+        if (inputs[role] > 0).all() and (ask[role] > 0).all():
+            distance += (np.log(ask[role])[:, None] - np.log(inputs[role])) ** 2
+        else:
+            spread = max(float(np.std(inputs[role])), 1e-300)
+            distance += ((ask[role][:, None] - inputs[role]) / spread) ** 2
     return loss[np.argmin(distance, axis=1)]
 
 
 def _power_law(compute: np.ndarray, loss: np.ndarray, ask: np.ndarray) -> np.ndarray:
-    """ln L linear in ln C, by least squares."""
+    """ln L linear in ln C, by least squares; the mean where a target or a size is not positive."""
+    if not ((loss > 0).all() and (compute > 0).all() and (ask > 0).all()):
+        return np.full(len(ask), loss.mean())
     centre = np.log(compute).mean()
     degree = 1 if np.ptp(np.log(compute)) > 1e-6 else 0
     return np.exp(np.polyval(np.polyfit(np.log(compute) - centre, np.log(loss), degree), np.log(ask) - centre))

@@ -94,7 +94,7 @@ def test_the_file_says_how(tmp_path):
     fit = laws.fit("chinchilla", sweep(noise=0.003), bootstrap=10, seed=7)
     document = json.loads(fit.save(tmp_path / "fit.json").read_text())
     record = document["record"]
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert record["delta"] == 1e-3
     assert record["seed"] == 7
     assert record["starts"] == 8

@@ -5,8 +5,9 @@ import pytest
 from planted import sweep
 from scipy.optimize import minimize
 
+from scalelab.laws.objective import HUBER
 from scalelab.laws.powersum import GRID, PowerSum
-from scalelab.laws.solver import huber, minimise
+from scalelab.laws.solver import minimise
 
 
 def problem(seed=0, noise=0.01):
@@ -21,29 +22,30 @@ def test_derivatives(terms):
     theta = rng.normal(size=(3, 2 * terms + 1)) * 0.5
     theta[:, terms + 1 :] = np.abs(theta[:, terms + 1 :])
     weights = rng.random((3, 20))
-    value, gradient, hessian, metric = p.evaluate(theta, weights, 0.1)
+    wide = HUBER.widened(100)
+    value, gradient, hessian, metric = p.evaluate(theta, weights, wide)
     assert (metric > 0).all()
     for j in range(theta.shape[1]):
         step = np.zeros_like(theta)
         step[:, j] = 1e-6
-        up, down = p.evaluate(theta + step, weights, 0.1), p.evaluate(theta - step, weights, 0.1)
+        up, down = p.evaluate(theta + step, weights, wide), p.evaluate(theta - step, weights, wide)
         np.testing.assert_allclose((up[0] - down[0]) / 2e-6, gradient[:, j], rtol=1e-5, atol=1e-8)
         np.testing.assert_allclose((up[1] - down[1]) / 2e-6, hessian[:, :, j], rtol=1e-4, atol=1e-7)
     assert value.shape == (3,)
     for i in range(3):
         jacobian = p.jacobian(theta[i])
-        slope = huber(p.shares(theta[i : i + 1])[0][0] - p.log_loss, 0.1)[1]
+        slope = wide.rho(p.model(theta[i : i + 1])[0] - p.data)[1]
         np.testing.assert_allclose(jacobian.T @ (weights[i] * slope), gradient[i], rtol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_optimum_against_scipy(seed):
     p, n = problem(seed), 18
-    starts = p.starts(np.ones((1, n)), GRID, 4)[0, :8]
-    ours = minimise(p, starts, np.ones(n), 1e-3)
+    starts = p.grid_starts(np.ones((1, n)), GRID, 4)[0, :8]
+    ours = minimise(p, starts, np.ones(n), HUBER)
 
     def scaled(theta):
-        value, gradient, *_ = p.evaluate(theta[None], np.ones((1, n)), 1e-3)
+        value, gradient, *_ = p.evaluate(theta[None], np.ones((1, n)), HUBER)
         return 1e6 * value[0], 1e6 * gradient[0]
 
     theirs = min(minimize(scaled, s, jac=True, method="BFGS", options={"gtol": 1e-9}).fun for s in starts) / 1e6
@@ -54,19 +56,19 @@ def test_optimum_against_scipy(seed):
 def test_lanes_are_independent():
     """A lane's answer does not depend on its company, up to rounding."""
     p = problem()
-    starts = p.starts(np.ones((1, 18)), GRID, 4)[0, :6]
+    starts = p.grid_starts(np.ones((1, 18)), GRID, 4)[0, :6]
     weights = np.random.default_rng(0).integers(1, 4, size=(6, 18)).astype(float)
-    together = minimise(p, starts, weights, 1e-3)
+    together = minimise(p, starts, weights, HUBER)
     for i in range(6):
-        alone = minimise(p, starts[i], weights[i], 1e-3)
+        alone = minimise(p, starts[i], weights[i], HUBER)
         np.testing.assert_allclose(alone.value[0], together.value[i], rtol=1e-9)
 
 
 def test_stopping_is_free_of_scale():
     p = problem()
-    starts = p.starts(np.ones((1, 18)), GRID, 4)[0, :1]
-    a = minimise(p, starts, np.ones(18), 1e-3)
-    b = minimise(p, starts, np.full(18, 1e-9), 1e-3)
+    starts = p.grid_starts(np.ones((1, 18)), GRID, 4)[0, :1]
+    a = minimise(p, starts, np.ones(18), HUBER)
+    b = minimise(p, starts, np.full(18, 1e-9), HUBER)
     np.testing.assert_allclose(a.theta, b.theta, rtol=1e-7)
     np.testing.assert_allclose(b.value, a.value * 1e-9, rtol=1e-9)
 
@@ -74,8 +76,8 @@ def test_stopping_is_free_of_scale():
 def test_a_floor_of_zero_neither_crashes_nor_loops():
     table = sweep(truth={"E": 1e-12, "A": 400.0, "B": 1200.0, "alpha": 0.34, "beta": 0.37}, noise=0.01)
     p = PowerSum([table.params.to_numpy(), table.tokens.to_numpy()], table.loss.to_numpy() - 0.05)
-    starts = p.starts(np.ones((1, 18)), GRID, 4)[0, :4]
-    found = minimise(p, starts, np.ones(18), 1e-3)
+    starts = p.grid_starts(np.ones((1, 18)), GRID, 4)[0, :4]
+    found = minimise(p, starts, np.ones(18), HUBER)
     assert found.converged.all()
     assert np.isfinite(found.value).all()
     assert np.exp(found.theta[:, 0]).max() < 0.05

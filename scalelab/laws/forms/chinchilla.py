@@ -9,7 +9,9 @@ from jaxtyping import Float
 
 from scalelab.laws import allocate
 from scalelab.laws.law import Law
-from scalelab.laws.powersum import PowerSum
+from scalelab.laws.parameter import free, positive
+from scalelab.laws.powersum import EXPONENTS, PowerSum
+from scalelab.laws.regression import Regression
 
 
 class Chinchilla(Law):
@@ -24,21 +26,31 @@ class Chinchilla(Law):
     """
 
     name = "chinchilla"
-    parameters = ("E", "A", "B", "alpha", "beta")
+    parameters = {
+        "E": positive(1e-2, 10, linear=True),
+        "A": positive(1, 1e5, linear=True),
+        "B": positive(1, 1e5, linear=True),
+        "alpha": free(0.05, 1.5, lower=EXPONENTS[0], upper=EXPONENTS[1]),
+        "beta": free(0.05, 1.5, lower=EXPONENTS[0], upper=EXPONENTS[1]),
+    }
     inputs = ("params", "tokens")
     equation = "L(N, D) = E + A / N^alpha + B / D^beta"
     source = "Hoffmann et al. 2022 (arXiv 2203.15556), approach 3"
+    published = {
+        "Hoffmann 2022": {"E": 1.6934, "A": 406.4, "B": 410.7, "alpha": 0.3392, "beta": 0.2849},
+        "Besiroglu 2024": {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658},
+    }
 
-    def problem(self, columns: Mapping[str, np.ndarray]) -> PowerSum:
+    def formula(self, p, x):
+        return p.E + p.A * x.params**-p.alpha + p.B * x.tokens**-p.beta
+
+    def problem(self, columns: Mapping[str, np.ndarray], on: str) -> Regression:
+        if on == "value":
+            return super().problem(columns, on)
         return PowerSum([columns["params"], columns["tokens"]], columns["loss"])
 
-    def evaluate(self, params: Float[np.ndarray, "R 5"], columns: Mapping[str, np.ndarray]) -> Float[np.ndarray, "R n"]:
-        E, A, B, alpha, beta = (p[:, None] for p in params.T)
-        with np.errstate(over="ignore", invalid="ignore"):  # draws may be wild
-            return E + A * columns["params"] ** -alpha + B * columns["tokens"] ** -beta
-
-    def optimum(self, params, flops, cost):
+    def optimum(self, params, flops, cost, **others):
         return allocate.optimum(params, flops, cost)
 
-    def exponents(self, params):
+    def exponents(self, params: Float[np.ndarray, "R 5"]) -> Float[np.ndarray, "R 3"]:
         return allocate.exponents(params)

@@ -1,0 +1,316 @@
+"""Fit: what comes back from fitting a law. Studies that need refits run when they are first asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from scalelab.errors import BadInput
+from scalelab.laws import checks, validate
+from scalelab.laws.allocate import Cost
+from scalelab.laws.notices import Notice
+from scalelab.laws.objective import Objective
+from scalelab.laws.result import Result, jsonable
+from scalelab.laws.table import Rows, Table, inputs_of
+
+if TYPE_CHECKING:
+    from scalelab.laws.law import Law
+    from scalelab.laws.regression import Regression
+    from scalelab.laws.validate import Holdout
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a law is fitted; with the rows, all that a refit needs."""
+
+    objective: Objective
+    fixed: dict[str, float] = dataclasses.field(default_factory=dict)
+    tied: dict[str, str] = dataclasses.field(default_factory=dict)
+    method: str = "pairs"
+    seed: int = 0
+    starts: int = 8
+
+    def replace(self, **changes: Any) -> Options:
+        return dataclasses.replace(self, **changes)
+
+    def document(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def restore(cls, document: Mapping[str, Any]) -> Options:
+        return cls(**{**document, "objective": Objective(**document["objective"])})
+
+
+class Fit(Result):
+    """A fitted law. Everything comes back as pandas or NumPy; intervals are percentiles of bootstrap draws."""
+
+    kind = "fit"
+
+    def __init__(
+        self,
+        law: Law,
+        rows: Rows,
+        options: Options,
+        estimate: Float[np.ndarray, " P"],
+        samples: Float[np.ndarray, "R P"],
+        notices: list[Notice],
+        record: dict[str, Any],
+        solved: tuple[Regression, Float[np.ndarray, " free"]] | None = None,
+    ):
+        super().__init__(tuple(law.parameters), estimate, samples, notices, record)
+        self.law, self.rows, self.options = law, rows, options
+        self._solved = solved
+        self._holdouts: dict[float | None, Holdout] = {}
+        self._examined = self._studied = False
+
+    @property
+    def solved(self) -> tuple[Regression, Float[np.ndarray, " free"]]:
+        """The regression problem and its optimum in the solver's coordinates."""
+        if self._solved is None:
+            problem = self.law._regression(self.rows, self.options)
+            self._solved = (problem, problem.internal(self.estimate[None])[0])
+        return self._solved
+
+    # ---------------------------------------------------------------------------------------- findings
+
+    @property
+    def notices(self) -> list[Notice]:
+        """Findings that need no refit; `warnings` adds the rest."""
+        if not self._examined:
+            self._examined = True
+            for notice in checks.of_solution(self):
+                self.add(notice)
+        return self._notices
+
+    @property
+    def warnings(self) -> list[Notice]:
+        """All findings about the data and the fit, worst first. The first access runs the refits that some need."""
+        if not self._studied:
+            self._studied = True
+            for notice in checks.of_studies(self):
+                self.add(notice)
+        return super().warnings
+
+    # ---------------------------------------------------------------------------------------- numbers
+
+    @property
+    def nobs(self) -> int:
+        """Rows fitted."""
+        return len(self.rows)
+
+    @property
+    def converged(self) -> bool:
+        return bool(self.record["converged"])
+
+    @property
+    def observed(self) -> np.ndarray:
+        """The target at the fitted rows."""
+        return self.rows.columns[self.law.target]
+
+    @functools.cached_property
+    def fittedvalues(self) -> pd.Series:
+        """The law at the fitted rows, with the table's own index."""
+        values = self.law.evaluate(self.estimate[None], self.rows.columns)[0]
+        return pd.Series(values, index=self.rows.index, name=self.law.target)
+
+    @property
+    def resid(self) -> pd.Series:
+        """Data minus law, of logarithms where the objective takes them: positive where a run is worse than the law."""
+        fitted = self.fittedvalues.to_numpy()
+        data = self.observed
+        values = np.log(data) - np.log(fitted) if self.options.objective.on == "log" else data - fitted
+        return pd.Series(values, index=self.rows.index, name="resid")
+
+    def predict(self, table: Table) -> pd.Series:
+        """The target at the table's inputs. A far extrapolation adds to `warnings`."""
+        columns, index = self._inputs(table)
+        checks.extrapolation(self, columns)
+        return pd.Series(self.law.evaluate(self.estimate[None], columns)[0], index=index, name=self.law.target)
+
+    def predict_draws(self, table: Table) -> Float[np.ndarray, "draws n"]:
+        """The target at the table's inputs under every bootstrap draw."""
+        return self.law.evaluate(self.samples, self._inputs(table)[0])
+
+    def _inputs(self, table: Table) -> tuple[dict[str, np.ndarray], pd.Index]:
+        law = self.law
+        return inputs_of(table, law.inputs, self.record["columns"], law.may_be_zero, law.group, self.rows.labels)
+
+    def get_prediction(self, table: Table) -> Prediction:
+        """The law's curve and new runs at the table's inputs, each with its own interval."""
+        return Prediction(self, table)
+
+    def optimal(
+        self, C: float | Sequence[float] | np.ndarray, flops_per_param_token: Cost = 6.0, **others: float
+    ) -> pd.Series | pd.DataFrame:
+        """The compute-optimal parameters, tokens and loss for a training budget of C FLOPs, with 95 % intervals.
+
+        `flops_per_param_token` is k in C = k N D, or a function from N to FLOPs per token (as
+        `laws.flops_per_token(table)` gives from measured runs). `others` are further inputs of the law (experts=8,
+        streams=4, ...). A Series for one budget, a DataFrame for many, with `flops, params, params_lower,
+        params_upper, tokens, ..., loss, ...`. NaN, and a warning, where the loss has no interior optimum.
+        """
+        budgets = np.atleast_1d(np.asarray(C, dtype=np.float64))
+        if budgets.ndim != 1 or not (np.isfinite(budgets) & (budgets > 0)).all():
+            raise BadInput("C", C, "must be positive FLOPs, one number or a list of them")
+        frame = self.optima(budgets, flops_per_param_token, **others)
+        at = {role: np.asarray(frame[role]) for role in ("params", "tokens")}
+        checks.no_optimum(self, budgets, at["params"])
+        found = np.isfinite(at["params"])
+        if found.any():
+            checks.extrapolation(self, {role: values[found] for role, values in at.items()}, budgets[found])
+        return frame if np.ndim(C) else frame.iloc[0].rename(float(budgets[0]))
+
+    def optima(
+        self, flops: Float[np.ndarray, " m"], flops_per_param_token: Cost = 6.0, **others: float
+    ) -> pd.DataFrame:
+        """As `optimal`, for figures: adds no warnings, however far the budgets lie."""
+        point = self.law.optimum(self.estimate[None], flops, flops_per_param_token, **others)
+        drawn = self.law.optimum(self.samples, flops, flops_per_param_token, **others)
+        out = {"flops": flops}
+        for name, value, samples in zip(("params", "tokens", "loss"), point, drawn, strict=True):
+            out[name] = value[0]
+            out[f"{name}_lower"], out[f"{name}_upper"] = self.interval(samples)
+        return pd.DataFrame(out)
+
+    def allocation(self, level: float = 0.95) -> pd.DataFrame:
+        """a, b, gamma of N* ~ C^a, D* ~ C^b, L* - E ~ C^-gamma under C = k N D, with intervals."""
+        point = self.law.exponents(self.estimate[None])
+        if point is None:
+            raise BadInput("law", self.law.name, "has no constant allocation exponents; ask optimal(C) at several C")
+        drawn = self.law.exponents(self.samples)
+        assert drawn is not None
+        lower, upper = self.interval(drawn, level)
+        return pd.DataFrame({"estimate": point[0], "lower": lower, "upper": upper}, index=["a", "b", "gamma"])
+
+    # ---------------------------------------------------------------------------------------- refits
+
+    def refit(
+        self, rows: Rows | None = None, *, objective: Objective | None = None, bootstrap: int | np.ndarray = 0
+    ) -> Fit:
+        """The same law fitted the same way, to other rows or with another objective."""
+        options = self.options if objective is None else self.options.replace(objective=objective)
+        about = {"columns": self.record["columns"]}
+        return self.law.fit_rows(self.rows if rows is None else rows, options, bootstrap, about, near=self.estimate)
+
+    def holdout(self, cut: float | None = None) -> Holdout:
+        """Refit without the runs of at least `cut` FLOPs and predict them; by default the largest budget's runs.
+
+        For a law without compute, `cut` is in the units of its scale (`Law.scale`, or its first input).
+        """
+        if cut not in self._holdouts:
+            self._holdouts[cut] = validate.holdout(self, cut)
+        return self._holdouts[cut]
+
+    # ---------------------------------------------------------------------------------------- text
+
+    def summary(self, level: float = 0.95) -> str:
+        """Law, data, objective, parameters with intervals, allocation, hold-out and warnings, as text."""
+        r = self.record
+        lines = [
+            f"{self.law.name}: {self.law.equation}",
+            f"{r['rows']} of {r['rows_in_table']} rows; {r['objective']} = {r['value']:.10g}",
+            f"{'converged' if r['converged'] else 'NOT CONVERGED'} in {r['iterations']} iterations; "
+            f"{r['agreement']:.0%} of {r['starts']} starts agree; "
+            f"{r['draws']} bootstrap draws ({r['bootstrap']}, seed {r['seed']}, {r['draws_failed']} failed)",
+            *[f"held fixed: {name} = {value:g}" for name, value in self.options.fixed.items()],
+            *[f"tied: {name} = {other}" for name, other in self.options.tied.items()],
+            "",
+            *self.parameter_lines(level),
+            "",
+        ]
+        if self.law.exponents(self.estimate[None]) is not None:
+            for name, row in self.allocation(level).iterrows():
+                symbol = {"a": "N* ~ C^a", "b": "D* ~ C^b", "gamma": "L* - E ~ C^-gamma"}[str(name)]
+                interval = "" if np.isnan(row.lower) else f" {row.lower:12.5g} {row.upper:12.5g}"
+                lines.append(f"{name:>8} {row.estimate:12.5g}{interval}   {symbol}")
+            lines.append("")
+        lines += [self.holdout().summary(), "", *self.notice_lines()]
+        return "\n".join(lines)
+
+    @property
+    def plot(self) -> Plot:
+        """Figures: each method takes and returns a matplotlib `ax`."""
+        return Plot(self)
+
+    def document(self) -> dict[str, Any]:
+        self.warnings  # noqa: B018  a file says everything that there is to say
+        return super().document() | {"law": self.law.name, "rows": jsonable(self.rows.document())}
+
+
+class Prediction:
+    """The law at given inputs: the curve's interval, and the wider one of a new run."""
+
+    def __init__(self, fit: Fit, table: Table):
+        self.fit = fit
+        self.predicted_mean = fit.predict(table)
+        self._curve = fit.predict_draws(table)
+
+    def summary_frame(self, level: float = 0.95) -> pd.DataFrame:
+        """mean, mean_se, mean_ci_lower, mean_ci_upper (of the law), obs_ci_lower, obs_ci_upper (of a new run there).
+
+        A new run scatters as the fitted rows do: each draw of the curve gets a residual drawn from theirs, stretched
+        by sqrt(n / (n - P)) for the parameters that these residuals have paid for.
+        """
+        fit, curve = self.fit, self._curve
+        lower, upper = fit.interval(curve, level)
+        residual = fit.resid.to_numpy()
+        n, P = len(residual), fit.record["free"]
+        rng = np.random.default_rng(fit.options.seed)
+        noise = rng.choice(residual - np.median(residual), size=curve.shape) * np.sqrt(n / max(1, n - P))
+        runs = curve * np.exp(noise) if fit.options.objective.on == "log" else curve + noise
+        obs_lower, obs_upper = fit.interval(runs, level)
+        usable = np.isfinite(lower)
+        with np.errstate(invalid="ignore"):
+            se = np.where(usable, _std(curve), np.nan)
+        return pd.DataFrame(
+            {
+                "mean": self.predicted_mean,
+                "mean_se": se,
+                "mean_ci_lower": lower,
+                "mean_ci_upper": upper,
+                "obs_ci_lower": obs_lower,
+                "obs_ci_upper": obs_upper,
+            },
+            index=self.predicted_mean.index,
+        )
+
+
+def _std(draws: np.ndarray) -> np.ndarray:
+    """Standard deviation over draws, failed ones apart."""
+    good = draws[np.isfinite(draws).all(1)]
+    return good.std(axis=0, ddof=1) if len(good) > 1 else np.full(draws.shape[1:], np.nan)
+
+
+class Plot:
+    """`fit.plot.surface(ax)` and so on; matplotlib is imported on the first call."""
+
+    def __init__(self, fit: Fit):
+        self._fit = fit
+
+    def _draw(self, function: str, *args: Any) -> Any:
+        from scalelab import plots
+
+        draw: Callable[..., Any] = getattr(plots, function)
+        return draw(*args)
+
+    def surface(self, ax: Any = None) -> Any:
+        """Loss over N and D with the compute-optimal frontier."""
+        return self._draw("surface", self._fit, None, ax)
+
+    def residuals(self, ax: Any = None) -> Any:
+        """Measured against fitted loss."""
+        return self._draw("measured", self._fit, ax)
+
+    def frontier(self, flops: Sequence[float], ax: Any = None) -> Any:
+        """N* and D* against C (FLOPs, lowest and highest), with bands."""
+        return self._draw("allocation", {self._fit.law.name: self._fit}, flops, ax)
+
+    def holdout(self, ax: Any = None) -> Any:
+        """The held-out runs, predicted and measured."""
+        return self._draw("holdout", self._fit, ax)
