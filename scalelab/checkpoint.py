@@ -74,6 +74,11 @@ class Checkpoints:
         for step in passing[:-keep] if keep else passing:
             self.manager.delete(step)
 
+    def clear(self) -> None:
+        """Deletes all of them."""
+        for step in self.manager.all_steps():
+            self.manager.delete(step)
+
     def keep_only(self, step: int | None) -> None:
         """Once the run is finished: drops what is neither the given step nor named in `keep_at`."""
         self.wait()

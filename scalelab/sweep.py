@@ -153,8 +153,10 @@ def plan(config: Config, corpora: _Corpora | None = None) -> PlannedRun:
     tokens = config.train.steps * config.data.batch_size * config.data.seq_len
     weights = 4 * counts.total
     final = {"weights": weights, "all": 3 * weights, "nothing": 0}[config.checkpoint.final]
-    kept = 3 * weights * len(config.checkpoint.keep_at)
+    final = 0 if config.train.steps in keep_at else final  # counted below
+    kept = 3 * weights * len(keep_at)
     metrics = 200 * config.train.steps
+    keep_at = set(config.checkpoint.keep_at)
     return PlannedRun(
         spec=RunSpec(config, corpus.content),
         params=counts.total,

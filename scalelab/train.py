@@ -225,7 +225,7 @@ class Attempt:
             step, params, rest, _ = restored
             if [line["step"] for line in lines[:step]] != list(range(1, step + 1)):
                 say(f"metrics.jsonl does not reach the checkpoint of step {step}; starting the run again")
-                self.checkpoints.keep_only(None)
+                self.checkpoints.clear()  # those of `keep_at` too: the run comes by their steps again
             elif rest is not None:
                 say(f"run {self.spec.id} resumes after step {step} of {self.steps}")
                 return TrainState(params, rest["opt_state"], rest["step"]), lines[:step]
@@ -244,6 +244,7 @@ class Attempt:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
+        full_at_end = config.checkpoint.final == "all" or steps in config.checkpoint.keep_at
 
     # -------------------------------------------------------------------------------------------- loop
 
@@ -271,7 +272,7 @@ class Attempt:
                     or (config.checkpoint.every and step % config.checkpoint.every == 0)
                     or (config.checkpoint.every_s and now - saved_at > config.checkpoint.every_s)
                     or stop.is_set()
-                    or (step == steps and config.checkpoint.final == "all")
+                    or (step == steps and full_at_end)
                 )
                 evaluation = step % every == 0 or step == steps
                 if not (save or evaluation):
@@ -279,13 +280,13 @@ class Attempt:
                 if reason := self._read(*running, self.evaluate(state.params) if evaluation else None):
                     break
                 running, self.last_read = None, None
-                if save and (step < steps or config.checkpoint.final == "all"):
+                if save and (step < steps or full_at_end):
                     self._save(step, state, final=False)
                     saved_at = time.perf_counter()
                 if stop.is_set() and step < steps:
                     self.checkpoints.wait()
                     raise Stopped(step, steps)
-        if reason is None and config.checkpoint.final == "weights":
+        if reason is None and config.checkpoint.final == "weights" and not full_at_end:
             self._save(steps, state, final=True)
         return reason
 

@@ -60,6 +60,16 @@ def test_save_leaves_specs_and_a_list_of_ids(tmp_path):
     assert config.RunSpec.from_json(stored).id == found.runs[0].spec.id
 
 
+def test_the_disk_of_checkpoints_that_stay():
+    disk = lambda **changes: sweep.expand("transformer:size=xs,steps=100", {  # noqa: E731
+        f"checkpoint.{name}": value for name, value in changes.items()}).runs[0]  # fmt: skip
+    plain = disk()
+    weights = 4 * plain.params
+    assert disk(final="nothing").disk == plain.disk - weights
+    assert disk(keep_at="(50,)").disk == plain.disk + 3 * weights
+    assert disk(keep_at="(100,)").disk == plain.disk + 2 * weights  # all of the last one instead of its weights
+
+
 def test_the_clock_goes_by_finished_runs_of_this_host(tmp_path):
     make(tmp_path, "a", host=platform.node(), params=1000, flops=1e12, flops_per_second=1e10, steps=10,
          step_seconds=10.0, seconds=103.0)  # fmt: skip

@@ -115,6 +115,27 @@ def test_keep_at_and_final_all(corpus, tmp_path):
     assert (folder / "40" / "rest").exists()
 
 
+def test_the_last_step_can_be_kept_whole(corpus, tmp_path):
+    for final in ("weights", "nothing"):
+        spec = tiny_spec(corpus, checkpoint__keep_at=(40,), checkpoint__final=final)
+        train.run(spec, tmp_path / final)
+        folder = tmp_path / final / spec.id / "checkpoints"
+        assert [p.name for p in folder.iterdir()] == ["40"]
+        assert (folder / "40" / "rest").exists()
+
+
+def test_lost_metrics_start_the_run_again(reference, corpus, tmp_path, capsys):
+    """Also where a checkpoint of `keep_at` is in the way of the one that is to come."""
+    spec = tiny_spec(corpus, checkpoint__keep_at=(7,), checkpoint__every=5)
+    with pytest.raises(train.Stopped):
+        train.run(spec, tmp_path, [At(17, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    (tmp_path / spec.id / "metrics.jsonl").unlink()
+    train.run(spec, tmp_path)
+    assert "starting the run again" in capsys.readouterr().err
+    assert sorted(int(p.name) for p in (tmp_path / spec.id / "checkpoints").iterdir()) == [7, 40]
+    assert_same_run(tmp_path / spec.id, reference[0] / reference[1].id)
+
+
 def test_final_nothing(corpus, tmp_path):
     spec = tiny_spec(corpus, checkpoint__final="nothing", checkpoint__every=10)
     train.run(spec, tmp_path)
