@@ -47,6 +47,7 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     configurable(p, required=False)
     p.add_argument("--spec", metavar="FILE", help="a run's spec.json instead of a config")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # a sweep's process, not to be outlived
     p = command("sweep", "Train all runs of a config that are not finished yet")
     configurable(p)
     p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
@@ -164,6 +165,8 @@ def _train(args: argparse.Namespace) -> int:
     _stoppable()
     from scalelab import config, sweep, tables, track, train
 
+    if args.parent is not None:
+        host.end_with(args.parent)
     if (args.spec is None) == (args.config is None):
         raise BadInput("command line", args.argv[1:], "needs either --config or --spec")
     if args.spec is not None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import importlib.metadata
+import os
 import pathlib
 import platform
 import resource
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -41,6 +44,15 @@ def stop_signal() -> Iterator[threading.Event]:
             signal.signal(number, old)
 
 
+def end_with(parent: int) -> None:
+    """On Linux, this process is killed when its parent is: a worker that went on by itself would hold its run against
+    the same sweep started again."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has gone already
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def use_compilation_cache() -> None:
     """XLA's persistent cache, unless the user has chosen one: a sweep's runs of one shape compile once."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
@@ -62,7 +74,8 @@ def peak_memory() -> int:
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import tempfile
@@ -29,6 +30,18 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> pathlib.Path:
             os.unlink(temporary)
         raise
     return path
+
+
+def make_folder(path: str | os.PathLike[str], field: str) -> None:
+    """Makes a folder that the user named, where it is missing; one that cannot be is `BadInput`."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # nothing that another name would mend
+            raise
+        raise BadInput(field, str(path), f"cannot be made a folder: {error.strerror}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise BadInput(field, str(path), "cannot be written to; name another folder")
 
 
 def cache_folder() -> pathlib.Path:

@@ -13,15 +13,18 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from scalelab.errors import BadInput
+from scalelab.paths import make_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+LOCK_PATIENCE = 1.0  # s
 
 
 def _measured(unit: str) -> Any:
@@ -109,8 +112,8 @@ class RunRecord:
         """Reads a record of this schema or an older one; fields that it did not have yet are None."""
         try:
             document = json.loads(text)
-            schema = document["schema"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            schema = int(document["schema"])
+        except (ValueError, KeyError, TypeError) as error:
             raise BadInput(where, text, f"is not a run's record ({error})") from None
         if schema > SCHEMA:
             raise BadInput(f"{where}: schema", schema, f"this scalelab reads up to {SCHEMA}; upgrade it")
@@ -124,24 +127,32 @@ class RunRecord:
 @contextlib.contextmanager
 def run_lock(folder: pathlib.Path) -> Iterator[None]:
     """One process per run. The kernel drops the lock with the process, also after kill -9."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--runs")
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput("run", folder.name, "is being trained by another process; wait for it or stop it") from None
+        # Some patience: `is_locked` holds it for a moment, and so does a process that has just been killed.
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while not _locked(file):
+            if time.monotonic() > deadline:
+                remedy = "is being trained by another process; wait for it or stop it"
+                raise BadInput("run", folder.name, remedy)
+            time.sleep(0.01)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_locked(folder: pathlib.Path) -> bool:
     try:
-        with open(folder / ".lock", "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        with open(folder / ".lock", "r+", encoding="utf-8") as file:
+            return not _locked(file)
     except OSError:  # no such run yet
         return False
-    return False
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -176,7 +187,7 @@ def read(folder: pathlib.Path) -> RunRecord | None:
     """A run's record, or None while it has none."""
     try:
         text = (folder / "record.json").read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return RunRecord.from_json(text, str(folder / "record.json"))
 

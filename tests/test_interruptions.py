@@ -166,3 +166,15 @@ def test_a_stopped_sweep_exits_75_and_its_runs_resume(corpus, tmp_path):
     done = scalelab(*command, cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     assert records.read(folder).attempts == 2
+
+
+def test_a_killed_sweep_leaves_no_worker_behind(corpus, tmp_path):
+    """Else the worker would hold its run against the same command, given again."""
+    command = ["sweep", *arguments(corpus, **STEPS), "--runs=swept"]
+    folder = tmp_path / "swept" / tiny_spec(corpus, **STEPS).id
+    with start(*command, cwd=tmp_path, env=environment()) as process:
+        until(process, lambda: last_step(folder) >= 10)
+        process.kill()
+    done = scalelab(*command, cwd=tmp_path, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert records.read(folder).attempts == 2

@@ -1,8 +1,10 @@
+import fcntl
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -104,6 +106,19 @@ def test_the_lock_is_held_across_processes_and_dropped_with_the_process(tmp_path
         process.wait()
     assert not records.is_locked(tmp_path / "a")
     assert not records.is_locked(tmp_path / "nowhere")
+
+
+def test_a_look_at_the_lock_stops_nobody_and_leaves_nothing(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert not records.is_locked(tmp_path / "a")
+    assert list((tmp_path / "a").iterdir()) == []
+    with open(tmp_path / "a" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        release = threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN))
+        release.start()
+        with records.run_lock(tmp_path / "a"):
+            assert records.is_locked(tmp_path / "a")
+        release.join()
 
 
 def test_every_field_says_whether_a_rerun_would_change_it():

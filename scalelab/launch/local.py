@@ -50,7 +50,8 @@ def _cores(slot: int, jobs: int) -> set[int]:
 
 
 def _start(folder: pathlib.Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "scalelab", "train", "--spec", str(folder / "spec.json"), "--quiet"]
+    command = [sys.executable, "-m", "scalelab", "train", "--spec", str(folder / "spec.json"), "--quiet",
+               "--parent", str(os.getpid())]  # fmt: skip
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     if jobs > 1 and hasattr(os, "sched_setaffinity"):
