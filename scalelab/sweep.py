@@ -85,7 +85,7 @@ def expand(reference: str, overrides: Mapping[str, Any], command: str = "", name
     base, points = file.get_config(), file.sweep()
     runs: dict[str, PlannedRun] = {}
     dropped: list[Dropped] = []
-    corpora = _Corpora()
+    corpora = Corpora()
     for point in [{}] if points is None else points:
         if isinstance(point, Dropped):
             dropped.append(point)
@@ -111,7 +111,7 @@ def expand(reference: str, overrides: Mapping[str, Any], command: str = "", name
     return Sweep(name, command, list(runs.values()), dropped)
 
 
-def _resolve(base: Config, point: Mapping[str, Any], overrides: Mapping[str, Any], corpora: _Corpora) -> Config:
+def _resolve(base: Config, point: Mapping[str, Any], overrides: Mapping[str, Any], corpora: Corpora) -> Config:
     plain = {field: value for field, value in point.items() if not callable(value)}
     config = configs.override(configs.override(base, plain), overrides)
     for field, value in point.items():
@@ -123,14 +123,14 @@ def _resolve(base: Config, point: Mapping[str, Any], overrides: Mapping[str, Any
     return configs.finish(config, {})
 
 
-def _with_vocabulary(config: Config, corpora: _Corpora) -> Config:
+def _with_vocabulary(config: Config, corpora: Corpora) -> Config:
     model = config.model.copy_and_resolve_references()
     model.vocab_size = model.vocab_size or corpora[config.data].vocab_size
     models.validate(model)
     return model
 
 
-class _Corpora:
+class Corpora:
     """Each data section is opened once for all the runs that share it."""
 
     def __init__(self) -> None:
@@ -144,9 +144,9 @@ class _Corpora:
         return self.opened[key]
 
 
-def plan(config: Config, corpora: _Corpora | None = None) -> PlannedRun:
+def plan(config: Config, corpora: Corpora | None = None) -> PlannedRun:
     """Counts a run without building its model. Raises what training would raise for the same config."""
-    corpora = corpora or _Corpora()
+    corpora = corpora or Corpora()
     corpus = corpora[config.data]
     model = _with_vocabulary(config, corpora)
     counts = flops.counts(model)

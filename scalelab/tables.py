@@ -11,9 +11,10 @@ from rich.table import Table
 
 from scalelab import records
 from scalelab.config import RunSpec
+from scalelab.errors import BadInput
 from scalelab.launch.local import Outcome, failure
 from scalelab.records import RunRecord
-from scalelab.sweep import Clock, Sweep
+from scalelab.sweep import Clock, Corpora, Sweep
 from scalelab.sweep import plan as plan_run
 
 
@@ -127,7 +128,7 @@ def status(path: pathlib.Path) -> None:
     console = _console()
     table = _table(str(path), "id", "state", "params", "FLOPs", "step", "loss", "± se", "seconds", "note")
     states: Counter[str] = Counter()
-    rates, left = [], 0.0
+    rates, left, corpora = [], 0.0, Corpora()
     for folder in records.run_folders(path):
         found = records.read(folder)
         line = records.last_metrics(folder)
@@ -146,10 +147,13 @@ def status(path: pathlib.Path) -> None:
         states[state] += 1
         params, compute, steps = "-", None, "-"
         if (folder / "spec.json").is_file():
-            spec = RunSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"), str(folder / "spec.json"))
-            run = plan_run(spec.config)
-            params, compute, steps = count(run.params), run.flops, str(run.steps)
-            left += run.flops * (1 - (line["step"] / run.steps if line else 0))
+            try:
+                spec = RunSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"), str(folder / "spec.json"))
+                run = plan_run(spec.config, corpora)
+                params, compute, steps = count(run.params), run.flops, str(run.steps)
+                left += run.flops * (1 - (line["step"] / run.steps if line else 0))
+            except BadInput as error:  # its data have gone, say: the other runs' state is no worse for it
+                reason = reason or str(error)
         table.add_row(
             folder.name, state, params, f"{compute:.3g}" if compute else "-",
             f"{line['step'] if line else 0}/{steps}", number(line["loss"] if line else None), "",

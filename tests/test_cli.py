@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -150,6 +151,29 @@ def test_one_failing_run_does_not_stop_the_rest(tmp_path, corpus):
     assert re.search(rf"{bad.id}\s+failed", status.stdout)
     (tmp_path / "runs" / bad.id / "checkpoints").unlink()
     assert local.run_all(tmp_path / "runs", [bad.id, good.id]).done == [bad.id]
+
+
+def test_status_of_a_run_whose_data_have_gone(tmp_path, corpus):
+    """It says so, and what the other runs do; the data are opened once, not for each run."""
+    from tests.helpers import tiny_spec
+
+    moved = shutil.copytree(corpus, tmp_path / "corpus")
+    lost, kept, other = (tiny_spec(moved, seed=1), tiny_spec(corpus), tiny_spec(corpus, seed=2))
+    for spec in (lost, kept, other):
+        write_atomically(tmp_path / "runs" / spec.id / "spec.json", spec.to_json())
+    shutil.rmtree(moved)
+    code = (
+        "import pathlib\nfrom scalelab import data, tables\ncalls, opened = [], data.open\n"
+        "data.open = lambda section: calls.append(section) or opened(section)\n"
+        "tables.status(pathlib.Path('runs'))\nprint('opened', len(calls))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nosuchfile" in "".join(done.stdout.split())  # the note is wrapped
+    assert re.search(rf"{lost.id}\s+missing\s+-", done.stdout)
+    assert re.search(rf"{kept.id}\s+missing\s+\d", done.stdout)
+    assert "3 missing" in done.stdout
+    assert "opened 2" in done.stdout
 
 
 def test_train_prints_the_result_and_takes_a_spec(tmp_path, corpus):
