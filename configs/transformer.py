@@ -37,7 +37,9 @@ def get_config(arg: str = "") -> Config:
     changes = {**shape, "train.steps": args.steps, "model.compute_dtype": args.dtype, "data.tokenizer": args.tokenizer}
     config = override(base(), changes)
     if args.data:
-        config = override(config, {"data.sources": {_name(args.data): source(args.data)}})
+        found = source(args.data)
+        # Named by its kind, not by its path: the name is part of what a run is, where the text lies is not.
+        config = override(config, {"data.sources": {found["kind"]: found}})
     return config.lock()
 
 
@@ -48,7 +50,3 @@ def source(reference: str) -> dict[str, str]:
         return {"kind": "synthetic", "path": spec.replace(":", ",")}
     shards = (pathlib.Path(reference) / "manifest.json").is_file()
     return {"kind": "tokens" if shards else "text", "path": reference}
-
-
-def _name(reference: str) -> str:
-    return pathlib.Path(reference.partition(":")[0]).stem.replace(".", "_") or "data"

@@ -27,7 +27,7 @@ from scalelab import config as configs
 from scalelab import data, flops, models, records
 from scalelab.config import RunSpec
 from scalelab.errors import BadInput
-from scalelab.paths import write_atomically
+from scalelab.paths import make_folder, write_atomically
 from scalelab.schema import Config
 
 SCHEMA = 1
@@ -63,9 +63,13 @@ class Sweep:
     dropped: Sequence[Dropped]
 
     def save(self, root: pathlib.Path) -> pathlib.Path:
-        """Writes the specs and `sweeps/<name>.json` below the root; finished runs are left as they are."""
+        """Writes the specs and `sweeps/<name>.json` below the root; finished runs are left as they are.
+
+        The spec of an unfinished run is written anew: paths and the like, which its id does not know, may differ.
+        """
+        make_folder(root, "--runs")
         for run in self.runs:
-            if not (root / run.spec.id / "spec.json").exists():
+            if records.read(root / run.spec.id) is None:
                 write_atomically(root / run.spec.id / "spec.json", run.spec.to_json())
         document = {
             "schema": SCHEMA,

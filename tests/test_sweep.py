@@ -4,6 +4,7 @@ import pytest
 
 from scalelab import config, flops, records, sweep
 from scalelab.errors import BadInput
+from tests.helpers import small_corpus
 from tests.test_records import make
 
 
@@ -58,6 +59,22 @@ def test_save_leaves_specs_and_a_list_of_ids(tmp_path):
     assert records.run_folders(path) == [tmp_path / found.runs[0].spec.id]
     stored = (tmp_path / found.runs[0].spec.id / "spec.json").read_text()
     assert config.RunSpec.from_json(stored).id == found.runs[0].spec.id
+
+
+def test_an_unfinished_run_takes_the_paths_of_the_new_command_a_finished_one_keeps_its_spec(tmp_path):
+    for name in ("old", "new"):
+        small_corpus(tmp_path / name)
+    old, new = (sweep.expand(f"transformer:size=xs,steps=3,data={tmp_path / name}", {}) for name in ("old", "new"))
+    run = new.runs[0].spec.id
+    assert old.runs[0].spec.id == run, "the id knows the text, not where it lies"
+    file = tmp_path / "runs" / run / "spec.json"
+    old.save(tmp_path / "runs")
+    new.save(tmp_path / "runs")
+    assert config.RunSpec.from_json(file.read_text()).config.data.sources.text.path == str(tmp_path / "new")
+    make(tmp_path / "runs", run)
+    before = file.read_text()
+    old.save(tmp_path / "runs")
+    assert file.read_text() == before
 
 
 def test_the_disk_of_checkpoints_that_stay():
