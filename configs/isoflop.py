@@ -34,6 +34,12 @@ def get_config(arg: str = "") -> Config:
 
 def sweep(arg: str = "") -> Iterator[dict[str, Any] | sweeps.Dropped]:
     args = parse_arg(arg, **DEFAULTS)
+    for name, least in (("sizes", 1), ("seeds", 1), ("span", 1.0)):
+        if args[name] < least:
+            raise BadInput(f"config argument {name}", args[name], f"must be at least {least}")
+    for name, value in (("ratio", args.ratio), *(("budgets", budget) for budget in args.budgets)):
+        if value <= 0:
+            raise BadInput(f"config argument {name}", value, "must be above 0")
     for budget in args.budgets:
         centre = math.sqrt(budget / (6 * args.ratio))  # C = 6 N D with D = ratio N
         for rank in range(args.sizes):

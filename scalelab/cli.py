@@ -163,13 +163,15 @@ def _stoppable() -> None:
 
 def _train(args: argparse.Namespace) -> int:
     _stoppable()
-    from scalelab import config, sweep, tables, track, train
+    from scalelab import config, host, sweep, tables, track, train
 
     if args.parent is not None:
         host.end_with(args.parent)
     if (args.spec is None) == (args.config is None):
         raise BadInput("command line", args.argv[1:], "needs either --config or --spec")
     if args.spec is not None:
+        if args.runs is not None:
+            raise BadInput("--runs", args.runs, "goes with --config; a --spec is trained in its own folder")
         path = pathlib.Path(args.spec)
         try:
             text = path.read_text(encoding="utf-8")

@@ -108,6 +108,11 @@ class ConfigFile:
         with _users_code(self.name, self.path):
             return list(self._sweep(self.arg))
 
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """A function that the file's sweep gave as a value, called as its other code is."""
+        with _users_code(self.name, self.path):
+            return function(*args)
+
 
 def builtin_folder() -> pathlib.Path:
     spec = importlib.util.find_spec("scalelab.configs")
@@ -162,22 +167,30 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     return config
 
 
+def _add_source(sources: Config, name: str) -> None:
+    with sources.unlocked():
+        sources[name] = ConfigDict({"kind": "text", "path": "", "weight": 1.0})
+
+
 def _assign(config: Config, dotted: str, value: Any) -> None:
     *sections, last = dotted.split(".")
     node: Any = config
     for depth, name in enumerate(sections):
         if not isinstance(node, ConfigDict) or name not in node:
             if sections[:depth] == ["data", "sources"]:  # the one open section: a new source is named into being
-                with node.unlocked():
-                    node[name] = ConfigDict({"kind": "text", "path": "", "weight": 1.0})
+                _add_source(node, name)
             else:
                 fields = node.keys() if isinstance(node, ConfigDict) else ()
                 raise BadInput(f"config.{dotted}", value, suggest(name, fields))
         node = node[name]
     if not isinstance(node, ConfigDict) or last not in node:
-        if sections == ["data", "sources"] and isinstance(value, Mapping):
-            with node.unlocked():
-                node[last] = ConfigDict({"kind": "text", "path": "", "weight": 1.0} | dict(value))
+        if sections == ["data", "sources"]:
+            if not isinstance(value, Mapping):
+                remedy = "must be a mapping, such as {'kind': 'text', 'path': 'corpus'}"
+                raise BadInput(f"config.{dotted}", value, remedy)
+            _add_source(node, last)
+            for field, entry in value.items():
+                _assign(config, f"{dotted}.{field}", entry)
             return
         raise BadInput(f"config.{dotted}", value, suggest(last, node.keys() if isinstance(node, ConfigDict) else ()))
     old = node[last]
@@ -194,7 +207,7 @@ def _assign(config: Config, dotted: str, value: Any) -> None:
         value = _convert(f"config.{dotted}", value, type(old))
     elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    elif isinstance(old, int) and isinstance(value, float) and value == int(value) and not isinstance(old, bool):
+    elif isinstance(old, int) and isinstance(value, float) and value.is_integer() and not isinstance(old, bool):
         value = int(value)
     elif isinstance(old, tuple):
         value = _freeze(value)
@@ -255,9 +268,9 @@ class RunSpec:
     def from_json(cls, text: str, where: str = "spec.json") -> RunSpec:
         try:
             document = json.loads(text)
-            schema, stored, content = document["schema"], document["config"], document["content"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BadInput(where, text, f"is not a run's spec ({error})") from None
+            schema, stored, content = int(document["schema"]), dict(document["config"]), dict(document["content"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(where, text, f"is not a run's spec ({type(error).__name__}: {error})") from None
         if schema > SCHEMA:
             raise BadInput(f"{where}: schema", schema, f"this scalelab reads up to {SCHEMA}; upgrade it")
         config = base()

@@ -35,12 +35,14 @@ def transformer_params(shape: dict[str, Any]) -> int:
 def transformer(params: float) -> dict[str, Any]:
     """The shape whose non-embedding parameters come nearest to `params` (in ratio), and a learning rate for it.
 
-    Widths are multiples of 8 up to 64, of 16 up to 256, of 64 above. Raises `BadInput` below the smallest shape.
+    Widths are multiples of 8 up to 64, of 16 up to 256, of 64 above. Raises `BadInput` beyond them.
     """
-    smallest = transformer_params(transformer_shape(16))
+    widths = [*range(16, 64, 8), *range(64, 256, 16), *range(256, 16385, 64)]
+    smallest, largest = (transformer_params(transformer_shape(width)) for width in (widths[0], widths[-1]))
     if params < smallest / 2:
         raise BadInput("params", params, f"the smallest Transformer of the recipe has {smallest} parameters")
-    widths = [*range(16, 64, 8), *range(64, 256, 16), *range(256, 16385, 64)]
+    if params > largest * 2:
+        raise BadInput("params", params, f"the largest Transformer of the recipe has {largest:.3g} parameters")
     shape = min(map(transformer_shape, widths), key=lambda s: abs(math.log(transformer_params(s) / params)))
     return {**shape, "optim.lr": learning_rate(shape["model.width"])}
 

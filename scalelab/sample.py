@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Iterator
 
@@ -20,8 +21,10 @@ def text(
     folder: pathlib.Path, prompt: str = "", tokens: int = 200, temperature: float = 0.8, seed: int = 0
 ) -> Iterator[str]:
     """The prompt, then what the run continues it with, in pieces; ends at the end of a document."""
-    if temperature < 0:
-        raise BadInput("--temperature", temperature, "must be at least 0")
+    if not 0 <= temperature < math.inf:
+        raise BadInput("--temperature", temperature, "must be at least 0 and finite")
+    if not 0 <= seed < 2**32:
+        raise BadInput("--seed", seed, "must lie in [0, 2^32)")
     if tokens < 1:
         raise BadInput("--tokens", tokens, "must be at least 1")
     try:
@@ -38,7 +41,10 @@ def text(
         raise BadInput("run", str(folder), "has no weights (not trained yet, or checkpoint.final = nothing)")
     params = found[1]
 
-    context = [corpus.bos, *corpus.tokenizer.encode(prompt)]
+    try:
+        context = [corpus.bos, *corpus.tokenizer.encode(prompt)]
+    except (ValueError, TypeError):  # not UTF-8, or not of the alphabet
+        raise BadInput("--prompt", prompt, "holds characters that the run's tokenizer cannot encode") from None
 
     def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
         logits = logits[..., : corpus.vocab_size]  # padding of the vocabulary is never written

@@ -85,6 +85,8 @@ class Sweep:
 
 def expand(reference: str, overrides: Mapping[str, Any], command: str = "", name: str = "") -> Sweep:
     """All runs of a config (one, if the file has no `sweep`). Raises `BadInput` if not one can be run."""
+    if name != pathlib.Path(name).name:
+        raise BadInput("--name", name, "must be a file's name, without a folder")
     file = configs.load_file(reference)
     base, points = file.get_config(), file.sweep()
     runs: dict[str, PlannedRun] = {}
@@ -94,9 +96,11 @@ def expand(reference: str, overrides: Mapping[str, Any], command: str = "", name
         if isinstance(point, Dropped):
             dropped.append(point)
             continue
+        if not isinstance(point, Mapping):
+            raise BadInput("--config", reference, f"its sweep yields {point!r}; must yield {{dotted field: value}}")
         shown = {field: value for field, value in point.items() if not callable(value)}
         try:
-            run = plan(_resolve(base, point, overrides, corpora), corpora)
+            run = plan(_resolve(file, base, point, overrides, corpora), corpora)
         except BadInput as error:
             if points is None:
                 raise
@@ -115,23 +119,18 @@ def expand(reference: str, overrides: Mapping[str, Any], command: str = "", name
     return Sweep(name, command, list(runs.values()), dropped)
 
 
-def _resolve(base: Config, point: Mapping[str, Any], overrides: Mapping[str, Any], corpora: Corpora) -> Config:
+def _resolve(
+    file: configs.ConfigFile, base: Config, point: Mapping[str, Any], overrides: Mapping[str, Any], corpora: Corpora
+) -> Config:
     plain = {field: value for field, value in point.items() if not callable(value)}
     config = configs.override(configs.override(base, plain), overrides)
     for field, value in point.items():
         if callable(value) and field not in overrides:
             configs.validate(config)
             seen = config.copy_and_resolve_references()
-            seen.model = _with_vocabulary(config, corpora)
-            config = configs.override(config, {field: value(seen)})
+            seen.model = models.with_vocabulary(config.model, corpora[config.data].vocab_size)
+            config = configs.override(config, {field: file.call(value, seen)})
     return configs.finish(config, {})
-
-
-def _with_vocabulary(config: Config, corpora: Corpora) -> Config:
-    model = config.model.copy_and_resolve_references()
-    model.vocab_size = model.vocab_size or corpora[config.data].vocab_size
-    models.validate(model)
-    return model
 
 
 class Corpora:
@@ -152,15 +151,15 @@ def plan(config: Config, corpora: Corpora | None = None) -> PlannedRun:
     """Counts a run without building its model. Raises what training would raise for the same config."""
     corpora = corpora or Corpora()
     corpus = corpora[config.data]
-    model = _with_vocabulary(config, corpora)
+    model = models.with_vocabulary(config.model, corpus.vocab_size)
     counts = flops.counts(model)
     tokens = config.train.steps * config.data.batch_size * config.data.seq_len
     weights = 4 * counts.total
+    keep_at = set(config.checkpoint.keep_at)
     final = {"weights": weights, "all": 3 * weights, "nothing": 0}[config.checkpoint.final]
     final = 0 if config.train.steps in keep_at else final  # counted below
     kept = 3 * weights * len(keep_at)
     metrics = 200 * config.train.steps
-    keep_at = set(config.checkpoint.keep_at)
     return PlannedRun(
         spec=RunSpec(config, corpus.content),
         params=counts.total,

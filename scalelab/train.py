@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from scalelab import data, flops, models, optim, parametrization, records, sharding
 from scalelab.checkpoint import Checkpoints
-from scalelab.config import RunSpec
+from scalelab.config import RunSpec, validate
 from scalelab.errors import BadInput
 from scalelab.evaluate import Evaluator
 from scalelab.host import git_state, peak_flops, peak_memory, stop_signal, use_compilation_cache, utc, versions
@@ -56,14 +56,7 @@ class Stopped(Exception):
 
 def resolve(config: Config, corpus: data.Corpus) -> Config:
     """The model section with its vocabulary filled in and checked against the tokenizer's."""
-    model = config.model.copy_and_resolve_references()
-    model.vocab_size = model.vocab_size or corpus.vocab_size
-    if model.vocab_size < corpus.vocab_size:
-        raise BadInput(
-            "config.model.vocab_size", model.vocab_size, f"the tokenizer has {corpus.vocab_size} tokens; 0 takes that"
-        )
-    models.validate(model)
-    return model.lock()
+    return models.with_vocabulary(config.model, corpus.vocab_size)
 
 
 def make_nll(
@@ -165,6 +158,7 @@ def run(spec: RunSpec, runs: str | os.PathLike[str] | None = None, sinks: Sequen
         raise BadInput(
             "jax.process_count()", jax.process_count(), "a run is trained by one process, on all its devices"
         )
+    validate(spec.config)
     use_compilation_cache()
     corpus = data.open(spec.config.data)
     if dict(corpus.content) != dict(spec.content):
@@ -244,13 +238,13 @@ class Attempt:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
-        full_at_end = config.checkpoint.final == "all" or steps in config.checkpoint.keep_at
 
     # -------------------------------------------------------------------------------------------- loop
 
     def loop(self, state: TrainState, start: int) -> str | None:
         """Trains from update `start` to the end. Returns why the run diverged, or None."""
         config, steps, trainer = self.config, self.steps, self.trainer
+        full_at_end = config.checkpoint.final == "all" or steps in config.checkpoint.keep_at
         every = max(1, round(config.train.eval_every * steps)) if config.train.eval_every else steps
         stream = self.corpus.stream(config.data_seed, start)
         saved_at = time.perf_counter()

@@ -1,5 +1,6 @@
 """The command line, with real processes: exit status, one clear line, nothing half-written."""
 
+import json
 import pathlib
 import re
 import shutil
@@ -35,8 +36,6 @@ def corpus(tmp_path_factory):
 
 
 def ask(questions: list[list[str]], cwd: pathlib.Path) -> list[tuple[int, str, str]]:
-    import json
-
     done = subprocess.run(
         [sys.executable, "-c", RUNNER], input=json.dumps(questions), cwd=cwd, env=environment(), capture_output=True,
         text=True, timeout=300,
@@ -50,6 +49,19 @@ def test_bad_input_is_one_line_status_2_and_leaves_nothing(tmp_path, corpus):
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.csv").write_text("params,tokens\n1,2\n")
     (tmp_path / "broken.py").write_text("def get_config(arg):\n    return 3\n")
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "manifest.json").write_text('{"schema": 1}')
+    (tmp_path / "spec.json").write_text('{"schema": 1, "config": 3, "content": {}}')
+    steps = {"config": {"train": {"steps": -4}, "data": {"sources": {"a": {"kind": "text", "path": str(corpus)}}}}}
+    (tmp_path / "steps.json").write_text(json.dumps({"schema": 1, "content": {}} | steps))
+    sweep = "from scalelab.config import base\ndef get_config(arg=''): return base().lock()\ndef sweep(arg=''): yield "
+    for name, point in {
+        "list": "['train.steps']",
+        "call": "{'train.steps': lambda config: config.nothing}",
+        "inf": "{'train.steps': float('inf')}",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(sweep + point)
     before = sorted(p.name for p in tmp_path.iterdir())
     cases = {
         "train --config=nothing": "no built-in config of that name",
@@ -70,6 +82,24 @@ def test_bad_input_is_one_line_status_2_and_leaves_nothing(tmp_path, corpus):
         "train --config=transformer --config.data.tokenizer=nowhere.json": "nowhere.json",
         "train": "needs either --config or --spec",
         "train --spec=nowhere.json": "cannot be read",
+        "train --spec=spec.json": "is not a run's spec",
+        "train --spec=steps.json": "config.train.steps = -4: must be at least 1",
+        "train --spec=steps.json --runs=elsewhere": "--runs = 'elsewhere': goes with --config",
+        f"train --config=transformer:data={corpus},steps=1 --runs=file": "--runs = 'file/",
+        f"sweep --config=transformer:data={corpus},steps=1 --runs=file": "--runs = 'file': cannot be made a folder",
+        "sweep --config=transformer --name=../x": "--name = '../x': must be a file's name",
+        f"plan --config=transformer:data={corpus} --config.model.vocab_size=100": "the tokenizer has 257 tokens",
+        "plan --config=transformer:params=1e15": "the largest Transformer of the recipe",
+        "plan --config=transformer:data=shards": "manifest.json that can't be read",
+        "plan --config=transformer --config.data.sources={'a':3}": "config.data.sources.a = 3: must be a mapping",
+        "plan --config=list.py": "must yield {dotted field: value}",
+        "plan --config=call.py": "does not run: line 3: AttributeError",
+        "plan --config=inf.py": "config.train.steps = inf: must be of type int",
+        "plan --config=isoflop:budgets=-1e12": "config argument budgets = -1000000000000.0: must be above 0",
+        "plan --config=isoflop:ratio=0": "config argument ratio = 0.0: must be above 0",
+        "plan --config=isoflop:sizes=0": "config argument sizes = 0: must be at least 1",
+        "plan --config=isoflop:span=0": "config argument span = 0.0: must be at least 1",
+        "bench step --pairs=2": "--pairs = 2: must be at least 3",
         "train --config=transformer --fast": "not an option here",
         "plan --config=isoflop:budgets=1e5": "too small",
         "plan --config=isoflop:budgets=much": "must be a finite number",

@@ -55,8 +55,9 @@ def test_overrides_reach_every_field_and_keep_its_type():
     assert changed.checkpoint.keep_at == (100,)
     assert changed.data.sources.mine.to_dict() == {"kind": "text", "path": "corpus", "weight": 1.0}
     assert changed.data.sources.stdlib.weight == 3.0
-    only = override(base(), {"data.sources": "{'a': {'kind': 'synthetic'}}"})
-    assert only.data.sources.to_dict() == {"a": {"kind": "synthetic", "path": "", "weight": 1.0}}
+    only = override(base(), {"data.sources": "{'a': {'kind': 'synthetic', 'weight': 2}}"})
+    validate(only)
+    assert only.data.sources.to_dict() == {"a": {"kind": "synthetic", "path": "", "weight": 2.0}}
 
 
 @pytest.mark.parametrize(

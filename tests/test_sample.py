@@ -48,6 +48,12 @@ def test_what_cannot_be_sampled(run, tmp_path):
         list(sample.text(folder, temperature=-1))
     with pytest.raises(BadInput, match="--tokens"):
         list(sample.text(folder, tokens=0))
+    with pytest.raises(BadInput, match="--temperature"):
+        list(sample.text(folder, temperature=float("nan")))
+    with pytest.raises(BadInput, match="--seed"):
+        list(sample.text(folder, seed=-1))
+    with pytest.raises(BadInput, match="--prompt"):
+        list(sample.text(folder, "\udcff"))  # what Python makes of an argument that is not UTF-8
     with pytest.raises(BadInput, match="no run's folder"):
         list(sample.text(tmp_path))
     (tmp_path / "spec.json").write_text((folder / "spec.json").read_text())

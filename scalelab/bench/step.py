@@ -24,12 +24,15 @@ from rich.progress import Progress
 
 from scalelab import config, data, sharding, train
 from scalelab.checkpoint import Checkpoints
+from scalelab.errors import BadInput
 from scalelab.track import MetricsFile
 
 LENGTH = 5  # steps of a segment
 
 
 def main(pairs: int = 300) -> int:
+    if pairs < 3:
+        raise BadInput("--pairs", pairs, "must be at least 3, for an interval")
     conf = config.load(
         "transformer:size=s,dtype=float32",
         {"data.seq_len": 64, "data.batch_size": 8, "train.steps": (pairs + 1) * LENGTH, "train.eval_every": 0.0,

@@ -21,6 +21,10 @@ from scalelab.data.stream import TokenSource
 from scalelab.errors import BadInput
 
 SCHEMA = 1
+_FIELDS = {
+    "tokenizer", "tokenizer_file", "vocab_size", "bos", "dtype", "documents", "bytes", "train", "held_out",
+    "held_out_documents", "inputs", "content", "plan",
+}  # fmt: skip
 _REBUILD = "build it again (`scalelab data build`)"
 
 
@@ -29,7 +33,9 @@ def manifest(path: str, field: str) -> dict[str, Any]:
     file = pathlib.Path(path, "manifest.json")
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        schema = document["schema"]
+        schema = int(document["schema"])
+        if schema <= SCHEMA and (missing := _FIELDS - document.keys()):
+            raise KeyError(", ".join(sorted(missing)))
     except OSError as error:
         unfinished = pathlib.Path(path, ".build").is_dir()
         remedy = (

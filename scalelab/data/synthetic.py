@@ -77,7 +77,8 @@ class Symbols:
         self.bos, self.vocab_size, self.fingerprint = symbols, symbols + 1, f"symbols-{symbols}"
 
     def encode(self, text: str) -> list[int]:
-        return [_SYMBOLS.index(symbol) for symbol in text]
+        alphabet = _SYMBOLS[: self.bos]
+        return [alphabet.index(symbol) for symbol in text]
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(_SYMBOLS[i] for i in ids if i != self.bos)

@@ -1,6 +1,17 @@
 """Language models: a stack of blocks, each a sequence mixer and a channel mixer by name."""
 
 from scalelab.models.lm import LanguageModel, abstract, build, init, logits, merge, roles, split
-from scalelab.models.registry import validate
+from scalelab.models.registry import validate, with_vocabulary
 
-__all__ = ["LanguageModel", "abstract", "build", "init", "logits", "merge", "roles", "split", "validate"]
+__all__ = [
+    "LanguageModel",
+    "abstract",
+    "build",
+    "init",
+    "logits",
+    "merge",
+    "roles",
+    "split",
+    "validate",
+    "with_vocabulary",
+]

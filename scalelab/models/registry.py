@@ -23,6 +23,16 @@ def validate(config: Any) -> None:
     resolve(config)
 
 
+def with_vocabulary(config: Any, tokens: int) -> Any:
+    """The model section with its vocabulary known: by default the tokenizer's, and never smaller. Raises `BadInput`."""
+    config = config.copy_and_resolve_references()
+    config.vocab_size = config.vocab_size or tokens
+    if config.vocab_size < tokens:
+        raise BadInput("config.model.vocab_size", config.vocab_size, f"the tokenizer has {tokens} tokens; 0 takes that")
+    validate(config)
+    return config.lock()
+
+
 def resolve(config: Any) -> Spec:
     """The model section -> Spec. Raises `BadInput`, naming the field, the value and what would do."""
     for name in ("vocab_size", "width", "layers", "loss_chunk"):

@@ -230,6 +230,14 @@ def test_a_language_does_not_mix_with_another_vocabulary(settings):
     assert mixed.unique_tokens is None
 
 
+def test_symbols_beyond_the_vocabulary_are_refused():
+    """`A` is symbol 27 of the largest alphabet, which is bos in this one."""
+    symbols = Symbols(27)
+    assert symbols.encode(" az") == [0, 1, 26]
+    with pytest.raises(ValueError, match="substring not found"):
+        symbols.encode("A")
+
+
 def test_symbols_are_single_bytes():
     tokenizer = Symbols(95)
     text = tokenizer.decode(range(95))
