@@ -6,6 +6,7 @@ Exit status: 0 done, 1 some run failed, 2 bad input, 75 stopped by SIGTERM and r
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import re
 import shlex
@@ -157,8 +158,17 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _stoppable() -> None:
-    """From here on SIGTERM means: resumable. The loops put their own handlers in its place while they run."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))
+    """From here on SIGTERM means: resumable. The loops put their own handlers in its place while they run.
+
+    The process ends at once, as under kill -9, which no file minds: an exception could come up in a destructor or a
+    callback, where Python prints it and goes on.
+    """
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        os.write(2, b"scalelab: stopped outside of training; the same command resumes it\n")
+        os._exit(STOPPED)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def _train(args: argparse.Namespace) -> int:

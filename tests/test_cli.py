@@ -216,6 +216,18 @@ def test_train_prints_the_result_and_takes_a_spec(tmp_path, corpus):
     assert again.stdout.splitlines()[0] == done.stdout.splitlines()[0]
 
 
+def test_sigterm_cannot_be_swallowed():
+    """Python only prints what a destructor raises, and goes on."""
+    code = (
+        "import os, signal\nfrom scalelab import cli\n"
+        "class A:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "cli._stoppable()\nA()\nprint('went on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert done.stderr.splitlines() == ["scalelab: stopped outside of training; the same command resumes it"]
+
+
 @pytest.mark.parametrize(
     ("code", "without"),
     [
