@@ -7,6 +7,7 @@ import errno
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterable
 
 from scalelab.errors import BadInput
 
@@ -30,6 +31,13 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> pathlib.Path:
             os.unlink(temporary)
         raise
     return path
+
+
+def remove_leftovers(folder: pathlib.Path, names: Iterable[str]) -> None:
+    """Deletes what killed processes left of files of these names; no other may be writing them now."""
+    for name in names:
+        for temporary in folder.glob(f".{name}.*"):
+            temporary.unlink()
 
 
 def make_folder(path: str | os.PathLike[str], field: str) -> None:

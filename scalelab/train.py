@@ -31,7 +31,7 @@ from scalelab.config import RunSpec, validate
 from scalelab.errors import BadInput
 from scalelab.evaluate import Evaluator
 from scalelab.host import git_state, peak_flops, peak_memory, stop_signal, use_compilation_cache, utc, versions
-from scalelab.paths import write_atomically
+from scalelab.paths import remove_leftovers, write_atomically
 from scalelab.records import RunRecord
 from scalelab.schema import Config
 from scalelab.track import MetricsFile, Sink, optional_sinks, say
@@ -169,6 +169,7 @@ def run(spec: RunSpec, runs: str | os.PathLike[str] | None = None, sinks: Sequen
     with records.run_lock(folder):
         with contextlib.suppress(FileNotFoundError):
             (folder / "failure.json").unlink()
+        remove_leftovers(folder, ("attempts.json", "metrics.jsonl", "record.json", "failure.json"))
         write_atomically(folder / "spec.json", spec.to_json())
         try:
             return Attempt(spec, folder, corpus, trainer).run(sinks)

@@ -102,7 +102,10 @@ def test_a_failure_leaves_its_reason_and_the_run_can_go_on(reference, corpus, tm
     failure = (tmp_path / spec.id / "failure.json").read_text()
     assert "No space left on device" in failure
     assert "Traceback" in failure
+    for name in ("attempts.json", "metrics.jsonl", "record.json"):  # as a kill in the middle of writing would leave
+        (tmp_path / spec.id / f".{name}.k2v9x1").write_text("{")
     train.run(spec, tmp_path)
+    assert [path.name for path in (tmp_path / spec.id).glob(".*")] == [".lock"]
     assert not (tmp_path / spec.id / "failure.json").exists()
     assert_same_run(tmp_path / spec.id, reference[0] / reference[1].id)
 
