@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"scalelab: error: {error}", file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:  # `scalelab ... | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it flushes at its end
         return DONE
     except KeyboardInterrupt:
         return 130

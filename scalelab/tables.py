@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import statistics
 from collections import Counter
+from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -18,9 +19,14 @@ from scalelab.sweep import Clock, Corpora, Sweep
 from scalelab.sweep import plan as plan_run
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        raise  # the error that rich is handling, and would answer with exit status 1
+
+
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    console = _Console()
+    return console if console.is_terminal else _Console(width=140)
 
 
 def _table(title: str, *columns: str) -> Table:

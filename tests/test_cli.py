@@ -216,6 +216,16 @@ def test_train_prints_the_result_and_takes_a_spec(tmp_path, corpus):
     assert again.stdout.splitlines()[0] == done.stdout.splitlines()[0]
 
 
+def test_a_reader_that_leaves_early_is_no_failure(tmp_path, corpus):
+    command = [sys.executable, "-m", "scalelab", "plan", *arguments(corpus)]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 def test_sigterm_cannot_be_swallowed():
     """Python only prints what a destructor raises, and goes on."""
     code = (
