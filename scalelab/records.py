@@ -254,7 +254,10 @@ def curves(path: str | os.PathLike[str]) -> pd.DataFrame:
                     }
                 )
     columns = ["id", "family", "params", "step", "tokens", "flops", "loss", "loss_se", "bpb"]
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=columns)
+    numeric = ["loss", "loss_se", "bpb"]  # None where there is no number
+    table[numeric] = table[numeric].astype("float64")
+    return table
 
 
 def finite(value: Any) -> Any:

@@ -67,6 +67,13 @@ def test_curves_hold_every_evaluation(tmp_path):
     assert list(curves["loss"]) == [2.5, 2.0]
 
 
+def test_curves_are_numbers_also_where_no_run_has_a_standard_error(tmp_path):
+    make(tmp_path, "a", steps=1)
+    line = {"step": 1, "held_out": {"loss": 3.0, "loss_se": None, "bpb": 4.0}}
+    (tmp_path / "a" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert records.curves(tmp_path)["loss_se"].dtype == "float64"
+
+
 def test_half_a_line_is_no_line(tmp_path):
     whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n'
     for tail in ('{"step": 3, "lo', '{"step": 3}', "garbage\n"):
