@@ -22,6 +22,21 @@ def test_metrics_file_keeps_what_it_is_told_and_appends(tmp_path):
     assert lines == [{"step": 1}, {"step": 2, "loss": None, "held_out": {"loss": None}}]
 
 
+def test_the_progress_bar_shows_steps_and_losses(monkeypatch, capsys):
+    lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "held_out": {"loss": 2.125}}]
+    for terminal in ("", "1"):
+        monkeypatch.setenv("FORCE_COLOR", terminal)
+        bar = track.ProgressBar(4, "run")
+        for line in lines:
+            bar.write(line)
+        bar.close()
+        shown = capsys.readouterr().err
+        if not terminal:
+            assert shown == ""
+    assert "2/4" in shown
+    assert "loss 2.250, held-out 2.125" in shown
+
+
 def test_wandb_is_imported_only_when_asked_and_works_offline(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would raise
     train.run(tiny_spec(corpus, train__steps=3), tmp_path / "without")

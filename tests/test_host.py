@@ -1,0 +1,50 @@
+"""The process around a run."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+from tests.helpers import arguments, environment, scalelab, small_corpus
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_git_state_is_that_of_the_code(tmp_path):
+    shutil.copytree(ROOT / "scalelab", tmp_path / "scalelab", ignore=shutil.ignore_patterns("__pycache__"))
+    env = environment() | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def git(*command):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", "-C", tmp_path, *identity, *command], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def state():
+        code = "from scalelab.host import git_state; print(*git_state())"
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd="/", env=env, capture_output=True, text=True, check=True
+        ).stdout.split()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    assert state() == [git("rev-parse", "HEAD"), "False"]
+    with open(tmp_path / "scalelab" / "host.py", "a") as file:
+        file.write("# changed\n")
+    assert state() == [git("rev-parse", "HEAD"), "True"]
+
+
+def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
+    """In the user's cache folder, where nothing else is asked for."""
+    env = environment() | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        env.pop(name, None)
+    corpus = small_corpus(tmp_path / "corpus")
+    for seed in (0, 1):
+        done = scalelab("train", *arguments(corpus, train__steps=2, seed=seed), cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        programs = sorted(path.name for path in (tmp_path / "cache" / "scalelab" / "xla").glob("*-cache"))
+        if seed == 0:
+            first = programs
+    assert any("step" in name for name in first)
+    assert programs == first  # another seed compiles nothing new
