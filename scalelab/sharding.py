@@ -21,11 +21,9 @@ def mesh(config: Config) -> Mesh:
         raise BadInput("config.mesh.data", devices, f"this machine has {available} device(s)")
     micro = config.data.batch_size // config.train.accum_steps
     if micro % devices:
-        raise BadInput(
-            "config.data.batch_size",
-            config.data.batch_size,
-            f"over {config.train.accum_steps} accumulation step(s) it must be divisible by {devices} device(s)",
-        )
+        parts = f"over {config.train.accum_steps} accumulation step(s) it must be divisible by {devices} device(s)"
+        remedy = f"{parts}; config.mesh.data takes fewer"
+        raise BadInput("config.data.batch_size", config.data.batch_size, remedy)
     return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 

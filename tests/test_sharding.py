@@ -61,7 +61,7 @@ def test_a_batch_that_eight_devices_cannot_share(tmp_path):
     command = [sys.executable, "-c", RUN, str(corpus), str(tmp_path / "runs"), json.dumps({"data__batch_size": 12})]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert "config.data.batch_size = 12" in done.stderr
-    assert "divisible by 8 device(s)" in done.stderr
+    assert "divisible by 8 device(s); config.mesh.data takes fewer" in done.stderr
 
 
 def test_two_processes_are_refused_before_anything_is_written(tmp_path):
