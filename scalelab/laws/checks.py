@@ -50,7 +50,7 @@ def enough_rows(rows: Rows, law: Law, free: int) -> None:
 def of_solution(fit: Fit) -> Iterator[Notice]:
     """Every finding that needs no refit: of the design, the columns, the solution."""
     yield from _of_design(fit.rows, fit.law, fit.record["free"])
-    yield from _of_columns(fit.rows)
+    yield from _of_columns(fit.rows, fit.law)
     yield from _of_solution(fit, *fit.solved)
 
 
@@ -116,7 +116,7 @@ def _of_design(rows: Rows, law: Law, need: int) -> Iterator[Notice]:
         )
 
 
-def _of_columns(rows: Rows) -> Iterator[Notice]:
+def _of_columns(rows: Rows, law: Law) -> Iterator[Notice]:
     N, D = rows.columns.get("params"), rows.columns.get("tokens")
     flops = rows.columns.get("flops")
     if N is None or D is None:
@@ -134,7 +134,7 @@ def _of_columns(rows: Rows) -> Iterator[Notice]:
                 "give optimal() the cost of this family: flops_per_param_token=laws.flops_per_token(...).",
                 {"lowest": float(ratio.min()), "highest": float(ratio.max()), "trend": trend},
             )
-    unique = rows.columns.get("unique_tokens")
+    unique = None if "unique_tokens" in law.inputs else rows.columns.get("unique_tokens")
     if unique is not None and (again := unique * (1 + 1e-9) < D).any():
         names = [n for n, a in zip(rows.names, again, strict=True) if a]
         epochs = float((D / unique)[again].max())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,8 @@ class Fit(Result):
         `flops_per_param_token` is k in C = k N D, or a function from N to FLOPs per token (as
         `laws.flops_per_token(table)` gives from measured runs). `others` are further inputs of the law (experts=8,
         streams=4, ...). A Series for one budget, a DataFrame for many, with `flops, params, params_lower,
-        params_upper, tokens, ..., loss, ...`. NaN, and a warning, where the loss has no interior optimum.
+        params_upper, tokens, ..., loss, ...` (the last by the name of the law's target). NaN, and a warning, where the
+        loss has no interior optimum.
         """
         budgets = np.atleast_1d(np.asarray(C, dtype=np.float64))
         if budgets.ndim != 1 or not (np.isfinite(budgets) & (budgets > 0)).all():
@@ -173,7 +175,7 @@ class Fit(Result):
         point = self.law.optimum(self.estimate[None], flops, flops_per_param_token, **others)
         drawn = self.law.optimum(self.samples, flops, flops_per_param_token, **others)
         out = {"flops": flops}
-        for name, value, samples in zip(("params", "tokens", "loss"), point, drawn, strict=True):
+        for name, value, samples in zip(("params", "tokens", self.law.target), point, drawn, strict=True):
             out[name] = value[0]
             out[f"{name}_lower"], out[f"{name}_upper"] = self.interval(samples)
         return pd.DataFrame(out)
@@ -187,6 +189,23 @@ class Fit(Result):
         assert drawn is not None
         lower, upper = self.interval(drawn, level)
         return pd.DataFrame({"estimate": point[0], "lower": lower, "upper": upper}, index=["a", "b", "gamma"])
+
+    def derive(self, quantity: Callable[[Any], Any], level: float = 0.95) -> pd.Series | pd.DataFrame:
+        """Any function of the parameters, with its interval: estimate, lower, upper.
+
+        `quantity(p)` takes p.name of shape (draws, 1) for each parameter and gives one number per draw, (draws, 1), or
+        several, (draws, m): `fit.derive(lambda p: p.beta / (p.alpha + p.beta))`. A Series, or a DataFrame with a row
+        per number.
+        """
+
+        def values(params: np.ndarray) -> np.ndarray:
+            p = types.SimpleNamespace(**{name: params[:, i, None] for i, name in enumerate(self.names)})
+            with np.errstate(all="ignore"):  # draws may be wild
+                return np.asarray(quantity(p), float)
+
+        lower, upper = self.interval(values(self.samples), level)
+        frame = pd.DataFrame({"estimate": values(self.estimate[None])[0], "lower": lower, "upper": upper})
+        return frame if len(frame) > 1 else frame.iloc[0].rename("derived")
 
     # ---------------------------------------------------------------------------------------- refits
 

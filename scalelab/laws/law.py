@@ -45,6 +45,7 @@ class Law:
     parameters: Mapping[str, Parameter]
     inputs: tuple[str, ...]
     target: str = "loss"
+    measured: tuple[str, ...] = ()  # roles that a fit needs beside inputs and target, and a prediction does not
     equation: str
     source: str
     objective: Objective = HUBER
@@ -63,6 +64,10 @@ class Law:
     def columns_of(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """What the formula sees as x: the input columns, or what a form computes from them once."""
         return {role: columns[role] for role in self.inputs}
+
+    def size(self, columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str] | None:
+        """What orders rows by how far out they lie (above 0), and its name, where no product of columns does."""
+        return None
 
     def problem(self, columns: Mapping[str, np.ndarray], on: str) -> Regression:
         """The regression of these columns (by role, target included), residuals on "log" or "value"."""
@@ -162,8 +167,8 @@ class Law:
             tied=dict(tied or {}), method=method, seed=int(seed), starts=starts or STARTS,
         )  # fmt: skip
         rows = prepare(
-            table, self.inputs, target=self.target, columns=columns, weights=weights, cluster=cluster,
-            stratify=stratify, drop=drop, may_be_zero=self.may_be_zero, group=self.group,
+            table, (*self.inputs, *self.measured), target=self.target, columns=columns, weights=weights,
+            cluster=cluster, stratify=stratify, drop=drop, may_be_zero=self.may_be_zero, group=self.group,
         )  # fmt: skip
         about = {
             "weights": "all 1" if weights is None else (weights if isinstance(weights, str) else "given"),
@@ -221,7 +226,7 @@ class Law:
             "draws_at_boundary": int(boundary.sum()),
             "draws_redrawn": resamples.redrawn,
             "seed": options.seed,
-            "data_sha256": rows.digest((*self.inputs, self.target)),
+            "data_sha256": rows.digest((*self.inputs, *self.measured, self.target)),
             **provenance(),
             **(about or {}),
         }

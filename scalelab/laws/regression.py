@@ -9,7 +9,7 @@ its own problem (`powersum.py`).
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -216,6 +216,25 @@ class FormRegression(Regression):
                 c = s.sign * np.maximum(s.sign * c, 1e-3 * np.minimum(scale, 1e300))
             out[:, k] = np.clip(s.to_u(np.clip(c, s.lower, s.upper)), self.lower[k], self.upper[k])
         return np.where(sound[:, None], out, theta)
+
+
+class StartsBy(FormRegression):
+    """A law's own regression, whose starts are sought in another writing of it that is linear in more parameters.
+
+    other: that writing, a law of the same inputs and target. translate: its parameters (S, P) -> the law's.
+    """
+
+    def __init__(
+        self, law: Law, columns: Mapping[str, np.ndarray], on: str,
+        other: Law, translate: Callable[[Float[np.ndarray, "S P"]], Float[np.ndarray, "S P"]],
+    ):  # fmt: skip
+        super().__init__(law, columns, on)
+        self.other, self.translate = FormRegression(other, columns, on), translate
+
+    def starts(self, weights, objective, count):
+        found = self.other.natural(self.other.starts(weights, objective, count))
+        with np.errstate(all="ignore"):
+            return self.internal(self.translate(found))
 
 
 class Constrained(Regression):

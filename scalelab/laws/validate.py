@@ -118,8 +118,11 @@ def holdout(fit: Fit, cut: float | None = None) -> Holdout:
 
 
 def scale_of(fit: Fit) -> tuple[np.ndarray, str]:
-    """What orders runs by size, and its name: the law's own `scale`, else compute, else its first input."""
+    """What orders runs by size, and its name: the law's own `size` or `scale`, else compute, else its first input."""
     rows, law = fit.rows, fit.law
+    own = law.size(rows.columns)
+    if own is not None:
+        return own
     if not law.scale and rows.has_compute:
         return rows.compute, "C"
     roles = law.scale or law.inputs[:1]

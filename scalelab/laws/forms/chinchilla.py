@@ -47,7 +47,7 @@ class Chinchilla(Law):
     def problem(self, columns: Mapping[str, np.ndarray], on: str) -> Regression:
         if on == "value":
             return super().problem(columns, on)
-        return PowerSum([columns["params"], columns["tokens"]], columns["loss"])
+        return PowerSum([columns["params"], columns["tokens"]], columns[self.target])
 
     def optimum(self, params, flops, cost, **others):
         return allocate.optimum(params, flops, cost)
