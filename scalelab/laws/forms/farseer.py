@@ -6,21 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from scalelab.errors import BadInput
+from scalelab.laws.forms import stages
 from scalelab.laws.jet import Jet
 from scalelab.laws.law import Law
-from scalelab.laws.objective import SQUARES
+from scalelab.laws.objective import SQUARES, Objective
 from scalelab.laws.parameter import free, positive
-from scalelab.laws.regression import FormRegression
+from scalelab.laws.regression import Constrained, FormRegression, low_discrepancy
+from scalelab.laws.solver import minimise
+from scalelab.laws.table import Table, prepare
 
+HELD = ("alpha", "beta", "gamma", "D0")  # linear in the solver's coordinates, so that they can be fixed or tied
 EXPONENT = 4.0  # |alpha|, |beta|, |gamma| at most; over two decades of N beyond this a curve is a step
-# Where starts are drawn: each curve's value and slope in ln N at the mean size, and the exponent of its bend.
+# Where starts are drawn: each curve's value and slope in ln N at the mean size.
 # Values are of the exponent's log, and of coefficient and floor relative to the loss.
 BOX = {"exponent": (-2.3, 0.0), "coefficient": (-4.0, -0.5), "floor": (-1.5, 0.0)}
 SLOPE = {"exponent": (-0.3, 0.3), "coefficient": (-0.6, 0.2), "floor": (-0.4, 0.1)}
-BEND = (-1.0, 1.0)
 NODES, SHARES = np.polynomial.legendre.leggauss(16)
 NODES, SHARES = 0.5 * (NODES + 1), 0.5 * SHARES
 
@@ -62,13 +66,13 @@ class Farseer(Law):
     name = "farseer"
     parameters = {
         "a1": free(-1, 1),
-        "alpha": free(*BEND, lower=-EXPONENT, upper=EXPONENT),
+        "alpha": free(-1, 1, lower=-EXPONENT, upper=EXPONENT),
         "b1": free(-3, 3),
         "a2": free(-100, 100),
-        "beta": free(*BEND, lower=-EXPONENT, upper=EXPONENT),
+        "beta": free(-1, 1, lower=-EXPONENT, upper=EXPONENT),
         "b2": free(-10, 10),
         "a3": free(-1, 1),
-        "gamma": free(*BEND, lower=-EXPONENT, upper=EXPONENT),
+        "gamma": free(-1, 1, lower=-EXPONENT, upper=EXPONENT),
         "b3": free(-3, 3),
         "D0": positive(1, 1e12),
     }
@@ -92,17 +96,39 @@ class Farseer(Law):
         return BoxCox(self, columns, on)
 
     def fit_rows(self, rows, options, bootstrap=0, about=None, near=None):
-        curved = [n for n in (*options.fixed, *options.tied, *options.tied.values()) if n[0] in "ab" and n[1:].isdigit()]
-        if curved:
-            raise BadInput("fixed or tied", curved, "only alpha, beta, gamma and D0 can be held or tied in this law")
         if "D0" not in options.fixed:
             unit = np.exp(np.average(np.log(rows.columns["tokens"]), weights=rows.weights))
             options = options.replace(fixed={**options.fixed, "D0": float(unit)})
         return super().fit_rows(rows, options, bootstrap, about, near)
 
+    def _regression(self, rows, options):
+        for name in (*options.fixed, *options.tied, *options.tied.values()):
+            if name in self.parameters and name not in HELD:
+                raise BadInput("fixed or tied", name, f"only {', '.join(HELD)} can be in this law")
+        problem = super()._regression(rows, options)
+        assert isinstance(problem, Constrained) and isinstance(problem.base, BoxCox)
+        problem.base.log_unit = float(np.log(options.fixed["D0"]))
+        return problem
+
+    def differential(
+        self, table: Table, *, columns: Mapping[str, str] | None = None, D0: float | None = 1.0
+    ) -> pd.Series:
+        """The authors' own stage-wise estimate, from differences of the loss between neighbouring token counts.
+
+        Needs a grid: several sizes, each at four or more token counts in one constant ratio. See `stages.differential`.
+        D0 None: the geometric mean of the tokens. `predict` takes what comes back. `fit` minimises the squares of all
+        losses together and reaches less; this is the method to compare with.
+        """
+        rows = prepare(table, self.inputs, columns=columns)
+        N, D = rows.columns["params"], rows.columns["tokens"]
+        unit = float(np.exp(np.log(D).mean())) if D0 is None else float(D0)
+        theta = stages.differential(N, D / unit, rows.columns["loss"])
+        problem = BoxCox(self, rows.columns, "value")
+        return pd.Series(problem.natural(np.append(theta, np.log(unit))), index=list(self.parameters))
+
 
 class BoxCox(FormRegression):
-    """Coordinates: (slope t1, exponent q, value t0) of each curve at the mean size, as the form orders them, and ln D0."""
+    """Coordinates: slope t1, exponent q and value t0 at the mean size of each curve, in the form's order, and ln D0."""
 
     def __init__(self, law: Farseer, columns: Mapping[str, np.ndarray], on: str):
         super().__init__(law, columns, on)
@@ -111,11 +137,8 @@ class BoxCox(FormRegression):
         sizes, self.size_of_row = np.unique(logs, return_inverse=True)
         self.sizes = sizes - self.centre
         self.log_tokens = np.log(columns["tokens"])
-        level = np.log(np.median(columns[law.target]))
-        for name, (first, shift) in {"exponent": (0, 0.0), "coefficient": (3, level), "floor": (6, level)}.items():
-            low, high = BOX[name]
-            self.specs[first] = free(*SLOPE[name])
-            self.specs[first + 2] = free(low + shift, high + shift)
+        self.level = float(np.log(np.median(columns[law.target])))
+        self.log_unit = float(self.log_tokens.mean())  # of D0, for starts
 
     def _formula(self, coordinates: Sequence[Any]) -> Any:
         with np.errstate(all="ignore"):
@@ -145,3 +168,32 @@ class BoxCox(FormRegression):
             out[..., first], out[..., first + 2] = q * power, b + power
         out[..., 9] = np.log(params[..., 9])
         return np.clip(out, self.lower, self.upper)
+
+    # ---------------------------------------------------------------------------------------- starting points
+
+    def starts(self, weights, objective, count):
+        return self.settle(self.draw(low_discrepancy(count, 6)), weights, objective)
+
+    def draw(self, unit: Float[np.ndarray, "S 6"]) -> Float[np.ndarray, "S P"]:
+        """Straight curves, from points of the unit cube: value and slope of each within its BOX and SLOPE."""
+        out = np.zeros((len(unit), 10))
+        for first, curve in ((0, "exponent"), (3, "coefficient"), (6, "floor")):
+            i = 2 * first // 3
+            for at, (low, high), share in ((first, SLOPE[curve], unit[:, i]), (first + 2, BOX[curve], unit[:, i + 1])):
+                out[:, at] = low + share * (high - low)
+        # the coefficient was drawn at the mean token count
+        out[:, 5] += self.level + np.exp(out[:, 2]) * (self.log_tokens.mean() - self.log_unit)
+        out[:, 8] += self.level
+        out[:, 9] = self.log_unit
+        return out
+
+    def settle(self, theta: np.ndarray, weights: np.ndarray, objective: Objective) -> Float[np.ndarray, "S P"]:
+        """The best straight curves (all exponents 0) from each start, best first.
+
+        Bent ones are sought from there: with all nine free at once, every third start ends in a curve that bends at
+        one size only.
+        """
+        held = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "D0": float(np.exp(self.log_unit))}
+        straight = Constrained(self, list(self.law.parameters), list(self.law.parameters.values()), held, {})
+        found = minimise(straight, theta[:, straight.keep], weights, objective, tolerance=1e-4, max_iterations=30)
+        return straight._full(found.theta)[np.argsort(found.value, kind="stable")]
