@@ -51,6 +51,7 @@ class Law:
     may_be_zero: tuple[str, ...] = ()  # roles whose values may be 0 or negative (a sparsity, a logarithm, ...)
     group: str | None = None  # role of a label (family, corpus, task) that the formula takes as integers
     published: Mapping[str, Mapping[str, float]] = types.MappingProxyType({})  # who -> its constants, to compare with
+    arguments: Mapping[str, Any] = types.MappingProxyType({})  # what the class was called with, for the fit's file
     scale: tuple[str, ...] = ()  # roles whose product orders rows by size, for hold-out; default: compute, or inputs[0]
 
     def formula(self, p: Any, x: Any) -> Any:

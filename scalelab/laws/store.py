@@ -21,7 +21,7 @@ from scalelab.laws.result import SCHEMA, Result
 from scalelab.laws.table import LABELS, Rows
 
 
-def load(path: str | os.PathLike[str], known: Mapping[str, Callable[[], Law]], law: Law | None = None) -> Any:
+def load(path: str | os.PathLike[str], known: Mapping[str, Callable[..., Law]], law: Law | None = None) -> Any:
     """A fit from its file, bit for bit. `known` maps names to laws; `law` is the user's own, where it is theirs.
 
     Raises `BadInput` for other files.
@@ -51,7 +51,7 @@ def load(path: str | os.PathLike[str], known: Mapping[str, Callable[[], Law]], l
         if law is None and name not in known:
             remedy = f"is none of {', '.join(sorted(known))}; for a law of your own: laws.load(path, law=...)"
             raise BadInput(f"{path.name}: law", name, remedy)
-        law = law or known[name]()
+        law = law or known[name](**document.get("arguments", {}))
         if (law.name, tuple(law.parameters)) != (name, names):
             raise BadInput(f"{path.name}: law", f"{name} of {', '.join(names)}", f"is not the law given, {law.name}")
         record = common[3]
