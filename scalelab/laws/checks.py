@@ -283,10 +283,9 @@ def _of_bootstrap(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[
     good = fit.samples[np.isfinite(fit.samples).all(1)]
     if error is None or len(good) < 20:
         return
-    # of exponents and the like: what the solver moves as it is, so that its error is the parameter's own
-    plain = [(i, fit.names.index(n)) for i, n in enumerate(free_names(fit)) if not fit.law.parameters[n].sign]
-    mine, theirs = np.array(plain, int).reshape(-1, 2).T
-    width = np.subtract(*np.quantile(good[:, theirs], [0.975, 0.025], axis=0)) / (2 * 1.96)
+    # of exponents and the like, in the solver's coordinates, which a form may choose as it likes
+    mine = np.array([i for i, n in enumerate(free_names(fit)) if not fit.law.parameters[n].sign], int)
+    width = np.subtract(*np.quantile(problem.internal(good)[:, mine], [0.975, 0.025], axis=0)) / (2 * 1.96)
     error = error[mine]
     if (width < 0.2 * error).any():
         yield Notice(
