@@ -190,7 +190,7 @@ def _of_solution(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[N
                 {"parameter": name, "bound": float(bound)},
             )
     E, lowest = float(fit.params.get("E", np.nan)), float(fit.observed.min())
-    if "E" in terms and terms["E"].max() < 1e-5:
+    if "E" in terms and np.abs(terms["E"]).max() < 1e-5:
         yield Notice(
             "E-below-zero",
             "warning",
@@ -198,7 +198,8 @@ def _of_solution(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[N
             "the runs are too small, or the law too stiff, to show a floor: do not extrapolate far.",
             {"E": E},
         )
-    if lowest <= E:
+    adds = "E" not in names or jacobian[:, names.index("E")].min() >= 0  # a form may subtract it
+    if lowest <= E and adds:
         yield Notice(
             "E-above-min-loss",
             "warning",
