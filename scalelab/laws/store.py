@@ -13,12 +13,15 @@ import pandas as pd
 
 from scalelab.errors import BadInput
 from scalelab.laws.fit import Fit, Options
+from scalelab.laws.envelope import EnvelopeFit
 from scalelab.laws.isoflop import IsoflopFit
 from scalelab.laws.law import Law
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
 from scalelab.laws.result import SCHEMA, Result
 from scalelab.laws.table import LABELS, Rows
+
+TABLES: dict[str, Any] = {"isoflop": IsoflopFit, "envelope": EnvelopeFit}  # fits that are no law's
 
 
 def load(path: str | os.PathLike[str], known: Mapping[str, Callable[..., Law]], law: Law | None = None) -> Any:
@@ -44,8 +47,8 @@ def load(path: str | os.PathLike[str], known: Mapping[str, Callable[..., Law]], 
         document["record"],
     )
     fit: Result
-    if kind == "isoflop":
-        fit = IsoflopFit.restore(names, *common, document)
+    if kind in TABLES:
+        fit = TABLES[kind].restore(names, *common, document)
     else:
         name = document["law"]
         if law is None and name not in known:
