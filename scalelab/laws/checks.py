@@ -52,6 +52,7 @@ def of_solution(fit: Fit) -> Iterator[Notice]:
     yield from _of_design(fit.rows, fit.law, fit.record["free"])
     yield from _of_columns(fit.rows)
     yield from _of_solution(fit, *fit.solved)
+    yield from fit.law.findings(fit)
 
 
 def of_studies(fit: Fit) -> Iterator[Notice]:

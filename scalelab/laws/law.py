@@ -7,7 +7,7 @@ else, from bad input to intervals, is here once for all forms.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from scalelab.laws import allocate, checks
 from scalelab.laws import objective as objectives
 from scalelab.laws.allocate import Cost
 from scalelab.laws.fit import Fit, Options
+from scalelab.laws.notices import Notice
 from scalelab.laws.objective import HUBER, Objective
 from scalelab.laws.parameter import Parameter
 from scalelab.laws.progress import progress
@@ -93,6 +94,10 @@ class Law:
         columns, index = inputs_of(table, self.inputs, {}, self.may_be_zero)
         params = np.array([[float(constants[name]) for name in self.parameters]])
         return pd.Series(self.evaluate(params, columns)[0], index=index, name=self.target)
+
+    def findings(self, fit: Fit) -> Iterable[Notice]:
+        """What only this form can have wrong with it; needs no refit."""
+        return ()
 
     # ---------------------------------------------------------------------------------------- allocation
 
