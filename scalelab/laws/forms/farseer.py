@@ -13,6 +13,7 @@ from scalelab.errors import BadInput
 from scalelab.laws.forms import stages
 from scalelab.laws.jet import Jet
 from scalelab.laws.law import Law
+from scalelab.laws.notices import Notice
 from scalelab.laws.objective import SQUARES, Objective
 from scalelab.laws.parameter import free, positive
 from scalelab.laws.regression import Constrained, FormRegression, low_discrepancy
@@ -25,6 +26,7 @@ EXPONENT = 4.0  # |alpha|, |beta|, |gamma| at most; over two decades of N beyond
 # Values are of the exponent's log, and of coefficient and floor relative to the loss.
 BOX = {"exponent": (-2.3, 0.0), "coefficient": (-4.0, -0.5), "floor": (-1.5, 0.0)}
 SLOPE = {"exponent": (-0.3, 0.3), "coefficient": (-0.6, 0.2), "floor": (-0.4, 0.1)}
+FAR = 100.0  # how far beyond the data the surface is looked at
 NODES, SHARES = np.polynomial.legendre.leggauss(16)
 NODES, SHARES = 0.5 * (NODES + 1), 0.5 * SHARES
 
@@ -59,7 +61,7 @@ class Farseer(Law):
     with N0 the geometric mean of N: smooth at q = 0, where it is a straight line in ln N, and free of bounds. At q = 0
     exactly a and b would be infinite: there q is given as 1e-7. Hence only exponents and D0 can be held or tied.
 
-    Nothing forces a fit to fall with N beyond its data. As N grows without end all three curves may tend to constants,
+    Nothing forces a fit to fall with N beyond its data: where it rises, `warnings` say from which N. As N grows without end all three curves may tend to constants,
     so there may be no compute-optimal size; `optimal` gives NaN there, and looks at D >= N only.
     """
 
@@ -109,6 +111,25 @@ class Farseer(Law):
         assert isinstance(problem, Constrained) and isinstance(problem.base, BoxCox)
         problem.base.log_unit = float(np.log(options.fixed["D0"]))
         return problem
+
+    def findings(self, fit):
+        """`rises-with-size`: up to FAR times the largest run's size, at any of its token counts or up to FAR times
+        them, the fitted surface stops falling."""
+        N, D = (fit.rows.columns[role] for role in self.inputs)
+        sizes = np.geomspace(N.min(), FAR * N.max(), 129)
+        tokens = np.geomspace(D.min(), FAR * D.max(), 33)
+        grid = {"params": np.repeat(sizes, len(tokens)), "tokens": np.tile(tokens, len(sizes))}
+        surface = self.evaluate(fit.estimate[None], grid)[0].reshape(len(sizes), len(tokens))
+        rises = (np.diff(surface, axis=0) >= 0).any(1)
+        if rises.any():
+            first = float(sizes[rises.argmax()])
+            yield Notice(
+                "rises-with-size",
+                "warning" if first > N.max() else "error",
+                f"the fitted loss rises with N from N = {first:.3g} on; the largest run has {N.max():.3g}.",
+                "do not extrapolate to that size; add larger runs, or measure D from another D0.",
+                {"params": first, "largest": float(N.max())},
+            )
 
     def differential(
         self, table: Table, *, columns: Mapping[str, str] | None = None, D0: float | None = 1.0
