@@ -11,10 +11,11 @@ from scalelab.laws.law import Law
 from scalelab.laws.objective import LOG_SQUARES
 from scalelab.laws.parameter import free, positive
 from scalelab.laws.powersum import EXPONENTS, PowerSum
-from scalelab.laws.regression import FormRegression
+from scalelab.laws.regression import APART, CANDIDATES, FormRegression, low_discrepancy
 
 SYMBOL = {"params": "N", "params_non_embedding": "N", "tokens": "D", "flops": "C", "steps": "S", "batch_tokens": "B"}
 SHARPEST, BLUNTEST = 0.02, 10.0  # f of a break; it spans about 4 f e-folds of x
+BLUNT, FLOORS = (0.05, 3.0), (0.0, 0.99)  # starts: f; E as a share of the lowest loss
 MARGIN = 0.05  # breaks are sought this share of ln x away from either end of the data
 
 
@@ -104,7 +105,7 @@ class BrokenPower(OneColumn):
         for i in range(1, breaks + 1):
             self.parameters |= {
                 f"c{i}": free(-1, 1),
-                f"d{i}": positive(1e-3, 1e3),  # of the data's own range: see `problem`
+                f"d{i}": positive(1e-3, 1e3),  # the data's own range takes its place: see `WithBreaks`
                 f"f{i}": dataclasses.replace(positive(0.05, 2), lower=SHARPEST, upper=BLUNTEST),
             }
         super().__init__(column)
@@ -123,16 +124,49 @@ class BrokenPower(OneColumn):
 
 
 class WithBreaks(FormRegression):
-    """Breaks lie within the data, in rising order where the starts put them, each in its own stretch of ln x."""
+    """Breaks lie within the data. Starts: for given E, d and f the logarithm of L - E is linear in ln b, c0 and c_i,
+    which weighted least squares gives; the best of a sample of E, d and f are kept."""
 
     def __init__(self, law: BrokenPower, columns, on: str):
         super().__init__(law, columns, on)
-        log_x = np.log(columns[law.inputs[0]])
-        first, last = log_x.min(), log_x.max()
-        ends = np.linspace(first, last, law.breaks + 1)
-        for i in range(law.breaks):
-            at = list(law.parameters).index(f"d{i + 1}")
-            low, high = np.exp(ends[i : i + 2])
-            self.specs[at] = positive(low, high)
-            margin = MARGIN * (last - first)
-            self.lower[at], self.upper[at] = first + margin, last - margin
+        self.breaks, names = law.breaks, list(law.parameters)
+        self.log_x = np.log(columns[law.inputs[0]])
+        self.target = np.asarray(columns[law.target], float)
+        first, last = self.log_x.min(), self.log_x.max()
+        margin = MARGIN * (last - first)
+        self.inside = first + margin, last - margin
+        for i in range(1, law.breaks + 1):
+            at = names.index(f"d{i}")
+            self.lower[at], self.upper[at] = self.inside
+
+    def starts(self, weights, objective, count):
+        unit = low_discrepancy(CANDIDATES, 1 + 2 * self.breaks)
+        lanes = max(1, (1 << 18) // self.rows)  # arrays of lanes x rows stay small
+        parts = [self._solve(unit[i : i + lanes], weights) for i in range(0, len(unit), lanes)]
+        params, error = (np.concatenate(values) for values in zip(*parts, strict=True))
+        chosen: list[int] = []
+        for k in np.argsort(error, kind="stable"):
+            if all(np.abs(unit[k] - unit[c]).max() > APART for c in chosen):
+                chosen.append(int(k))
+            if len(chosen) == count:
+                break
+        return self.internal(params[chosen])
+
+    def _solve(self, unit: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Parameters and squared error of the best law for each E, d and f, from points of the unit cube."""
+        n, low, high = self.breaks, *self.inside
+        floor = (FLOORS[0] + unit[:, :1] ** 0.5 * (FLOORS[1] - FLOORS[0])) * max(self.target.min(), 0.0)
+        d = np.sort(low + unit[:, 1 : 1 + n] * (high - low), axis=1)
+        f = BLUNT[0] * (BLUNT[1] / BLUNT[0]) ** unit[:, 1 + n :]
+        x = self.log_x - self.log_x.mean()
+        rest = np.log(np.maximum(self.target - floor, 1e-3 * np.abs(self.target)))
+        bends = f[:, :, None] * np.logaddexp(0.0, (self.log_x - d[:, :, None]) / f[:, :, None])
+        basis = np.concatenate([np.broadcast_to([np.ones_like(x), -x], (len(d), 2, len(x))), -bends], axis=1)
+        weight = weights * (1 - floor / self.target) ** 2  # an error of ln(L - E) counts as what it makes of ln L
+        gram = np.einsum("skn,sn,sln->skl", basis, weight, basis, optimize=True)
+        gram += 1e-9 * np.einsum("skk->sk", gram)[:, :, None] * np.eye(n + 2)
+        solved = np.linalg.solve(gram, np.einsum("skn,sn->sk", basis, weight * rest)[..., None])[..., 0]
+        error = (weight * (np.einsum("sk,skn->sn", solved, basis) - rest) ** 2).sum(1)
+        scale = np.exp(solved[:, :1] + solved[:, 1:2] * self.log_x.mean())
+        each = np.stack([solved[:, 2:], np.exp(d), f], axis=2).reshape(len(d), 3 * n)
+        return np.concatenate([floor, scale, solved[:, 1:2], each], axis=1), error
