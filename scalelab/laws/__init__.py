@@ -69,5 +69,5 @@ def fit(law: str | Law, table: Table, **options: Any) -> Fit:
 
 
 def load(path: str | os.PathLike[str], law: Law | None = None) -> Any:
-    """A `Fit`, `IsoflopFit` or `EnvelopeFit` from the file that its `save` wrote, bit for bit. `law`: your own, where it is one."""
+    """A `Fit` (`IsoflopFit`, ...) from the file that its `save` wrote, bit for bit. `law`: your own, if it is one."""
     return store.load(path, LAWS, law)

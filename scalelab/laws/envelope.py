@@ -1,7 +1,7 @@
 """The envelope of training curves: at each compute the run with the lowest loss; N* ~ C^a and D* ~ C^b through them.
 
-Hoffmann et al. 2022, approach 1. The curve of a run whose learning rate has not come to its end lies above the law;
-so either the schedule is flat where the curve is read, or runs of several lengths take part, each best near its own end.
+Hoffmann et al. 2022, approach 1. The curve of a run whose learning rate has not come to its end lies above the law:
+either the schedule is flat where the curve is read, or runs of several lengths take part, each best near its own end.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def envelope(
 
 
 def _curves(rows: Rows) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
-    """Common ln C (g,), then per run ln N (r,), and ln D and loss (r, g) there, loss infinite where there is no curve."""
+    """Common ln C (g,); per run ln N (r,), and ln D and loss (r, g) there, infinite where it has no curve; names."""
     assert rows.clusters is not None
     N, D, L = (rows.columns[role] for role in ("params", "tokens", "loss"))
     log_flops = np.log(rows.compute)

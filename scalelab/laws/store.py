@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from scalelab.errors import BadInput
-from scalelab.laws.fit import Fit, Options
 from scalelab.laws.envelope import EnvelopeFit
+from scalelab.laws.fit import Fit, Options
 from scalelab.laws.isoflop import IsoflopFit
 from scalelab.laws.law import Law
 from scalelab.laws.notices import Notice

@@ -50,7 +50,7 @@ def test_limits_are_the_power_laws_in_one_column():
 
 
 def test_overfitting_rule():
-    """Kaplan's D >= 5e3 N^0.74 is where too little data costs about 2 % in the published law; the power is its ratio."""
+    """Kaplan's D >= 5e3 N^0.74: where too little data costs about 2 %; the power is the exponents' ratio."""
     p = PUBLISHED
     assert p["alpha_N"] / p["alpha_D"] == pytest.approx(0.74, abs=0.005)
     N = np.geomspace(1e7, 1e10, 4)

@@ -61,8 +61,9 @@ class Farseer(Law):
     with N0 the geometric mean of N: smooth at q = 0, where it is a straight line in ln N, and free of bounds. At q = 0
     exactly a and b would be infinite: there q is given as 1e-7. Hence only exponents and D0 can be held or tied.
 
-    Nothing forces a fit to fall with N beyond its data: where it rises, `warnings` say from which N. As N grows without end all three curves may tend to constants,
-    so there may be no compute-optimal size; `optimal` gives NaN there, and looks at D >= N only.
+    Nothing forces a fit to fall with N beyond its data: where it rises, `warnings` say from which N. As N grows without
+    end all three curves may tend to constants, so there may be no compute-optimal size; `optimal` gives NaN there, and
+    looks at D >= N only.
     """
 
     name = "farseer"
@@ -84,9 +85,17 @@ class Farseer(Law):
     objective = SQUARES
     published = {
         "Li 2025": {
-            "a1": -0.124, "alpha": 0.123, "b1": 0.424, "a2": 88.01, "beta": -0.1, "b2": -6.287,
-            "a3": -0.021, "gamma": 0.169, "b3": -0.091, "D0": 1.0,
-        }  # fmt: skip
+            "a1": -0.124,
+            "alpha": 0.123,
+            "b1": 0.424,
+            "a2": 88.01,
+            "beta": -0.1,
+            "b2": -6.287,
+            "a3": -0.021,
+            "gamma": 0.169,
+            "b3": -0.091,
+            "D0": 1.0,
+        }
     }
 
     def formula(self, p, x):
@@ -108,7 +117,8 @@ class Farseer(Law):
             if name in self.parameters and name not in HELD:
                 raise BadInput("fixed or tied", name, f"only {', '.join(HELD)} can be in this law")
         problem = super()._regression(rows, options)
-        assert isinstance(problem, Constrained) and isinstance(problem.base, BoxCox)
+        assert isinstance(problem, Constrained)
+        assert isinstance(problem.base, BoxCox)
         problem.base.log_unit = float(np.log(options.fixed["D0"]))
         return problem
 
@@ -168,7 +178,8 @@ class BoxCox(FormRegression):
                 for t1, q, t0 in (coordinates[0:3], coordinates[3:6], coordinates[6:9])
             )
             at = (slice(None), self.size_of_row)
-            value = np.exp(floor)[at] + np.exp(coefficient[at] - np.exp(exponent)[at] * (self.log_tokens - coordinates[9]))
+            log_d = self.log_tokens - coordinates[9]
+            value = np.exp(floor)[at] + np.exp(coefficient[at] - np.exp(exponent)[at] * log_d)
             return np.log(value) if self.on == "log" else value
 
     def natural(self, theta: Float[np.ndarray, "S P"]) -> Float[np.ndarray, "S P"]:

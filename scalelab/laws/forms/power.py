@@ -109,7 +109,7 @@ class BrokenPower(OneColumn):
                 f"f{i}": dataclasses.replace(positive(0.05, 2), lower=SHARPEST, upper=BLUNTEST),
             }
         super().__init__(column)
-        self.arguments |= {"breaks": breaks}
+        self.arguments = {"breaks": breaks, "column": column}
 
     def formula(self, p, x):
         log_x = np.log(getattr(x, self.inputs[0]))

@@ -37,7 +37,7 @@ def differential(
         pairs.append(np.stack([at[:-1], at[1:]]))
         gaps.append(np.diff(log_d[at]))
     step = float(np.median(np.concatenate(gaps)))
-    level: list[tuple[float, float, float]] = []  # ln N, ln A, ln B
+    levels: list[list[float]] = []  # ln N, ln A, ln B
     for (first, second), gap in zip(pairs, gaps, strict=True):
         drop = loss[first] - loss[second]
         good = (np.abs(gap - step) < 0.1 * abs(step)) & (drop > 0)
@@ -46,17 +46,17 @@ def differential(
         at, drop = first[good], drop[good]
         slope, intercept = np.polyfit(log_d[at], np.log(drop), 1)
         if slope < 0:
-            level.append((np.log(N[at[0]]), np.log(-slope), intercept - np.log(-np.expm1(slope * step))))
+            levels.append([float(np.log(N[at[0]])), np.log(-slope), intercept - np.log(-np.expm1(slope * step))])
             x.append(np.log(N[at]))
             y.append(log_d[at])
             difference.append(drop)
-    if len(level) < 4:
+    if len(levels) < 4:
         raise BadInput(
-            "table", f"{len(level)} sizes with a grid of tokens",
+            "table", f"{len(levels)} sizes with a grid of tokens",
             f"needs four sizes or more, each at {PAIRS + 1} or more token counts in one constant ratio",
         )  # fmt: skip
     centre = float(np.log(N).mean())
-    log_n, log_a, log_b = (np.array(v) for v in zip(*level, strict=True))
+    log_n, log_a, log_b = (np.array(v) for v in zip(*levels, strict=True))
     sizes, tokens, drops = np.concatenate(x) - centre, np.concatenate(y), np.concatenate(difference)
     log_n = log_n - centre
 

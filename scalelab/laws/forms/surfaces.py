@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from scalelab.laws.law import Law
@@ -45,11 +47,6 @@ class Coupled(Law):
     def problem(self, columns, on):
         return NearChinchilla(self, columns, on)
 
-    def from_sum(self, params: np.ndarray, q: float) -> np.ndarray:
-        """Chinchilla's parameters as this law's at q, the sum unchanged where both terms are equal."""
-        A, B = params[:, 1:3].T * 2.0 ** (1 - q)
-        return np.stack([params[:, 0], A, B, params[:, 3], params[:, 4], np.full(len(params), q)], axis=1)
-
 
 class ChinchillaGamma(Law):
     """L(N, D) = E + (A / N^alpha + B / D^beta)^gamma, the form fitted by xLSTM's authors (arXiv 2510.02228).
@@ -79,13 +76,7 @@ class ChinchillaGamma(Law):
         return p.E + np.exp(p.gamma * np.logaddexp(size, data))
 
     def problem(self, columns, on):
-        return NearChinchilla(self, columns, on)
-
-    def from_sum(self, params: np.ndarray, q: float) -> np.ndarray:
-        out = Coupled.from_sum(self, params, q)
-        out[:, 1:3] **= 1 / q
-        out[:, 3:5] /= q
-        return out
+        return NearChinchilla(self, columns, on, inner=True)
 
 
 class Multiplicative(Law):
@@ -113,12 +104,26 @@ class Multiplicative(Law):
 
 
 class NearChinchilla(FormRegression):
-    """Starts: the best sums of powers, recast at a few q."""
+    """Starts: the best sums of powers, recast at a few q so that the loss is the same where both terms are equal.
+
+    `inner`: A, B, alpha and beta are those inside the bracket.
+    """
+
+    def __init__(self, law: Law, columns: Mapping[str, np.ndarray], on: str, inner: bool = False):
+        super().__init__(law, columns, on)
+        self.inner = inner
 
     def starts(self, weights, objective, count):
         target = np.exp(self.data) if self.on == "log" else np.maximum(self.data, 1e-3 * np.median(self.data))
         plain = PowerSum([self.columns.params, self.columns.tokens], target)
         each = -(-count // len(COUPLINGS))
         best = plain.natural(plain.grid_starts(weights[None], GRID, BLOCKS)[0, :each])
-        recast = np.concatenate([self.law.from_sum(best, q) for q in COUPLINGS])
-        return self.internal(recast[:count])
+        recast = []
+        for q in COUPLINGS:
+            params = np.append(best, np.full((len(best), 1), q), axis=1)
+            params[:, 1:3] *= 2.0 ** (1 - q)
+            if self.inner:
+                params[:, 1:3] **= 1 / q
+                params[:, 3:5] /= q
+            recast.append(params)
+        return self.internal(np.concatenate(recast)[:count])

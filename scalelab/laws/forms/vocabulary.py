@@ -15,7 +15,7 @@ class Vocabulary(Law):
 
     L_u: unigram-normalised loss (nats per token): cross-entropy less that of the unigram distribution, so that models
     with different vocabularies compare; mostly negative. N_nv: parameters but those of the vocabulary
-    (`params_non_embedding`), V: vocabulary (`vocab_size`), d: embedding width (`width`), D: training tokens, all counts.
+    (`params_non_embedding`), V: vocabulary (`vocab_size`), d: embedding width (`width`), D: training tokens, counts.
     E: how far below the unigram loss endless size, vocabulary and data come; A1, A2, B: what each shortage adds;
     alpha1, alpha2, beta: how fast it goes. A larger vocabulary at fixed text is fewer tokens: D must be counted in the
     run's own tokens.
@@ -49,6 +49,4 @@ class Vocabulary(Law):
         }
 
     def formula(self, p, x):
-        return (
-            -p.E + p.A1 * x.size**-p.alpha1 + p.A2 * x.vocabulary**-p.alpha2 + p.B * x.tokens**-p.beta
-        )
+        return -p.E + p.A1 * x.size**-p.alpha1 + p.A2 * x.vocabulary**-p.alpha2 + p.B * x.tokens**-p.beta
