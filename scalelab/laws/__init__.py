@@ -16,6 +16,7 @@ from typing import Any
 from scalelab.errors import BadInput
 from scalelab.laws import store
 from scalelab.laws.allocate import flops_per_token
+from scalelab.laws.envelope import EnvelopeFit, envelope
 from scalelab.laws.fit import Fit
 from scalelab.laws.forms import ALL, Chinchilla
 from scalelab.laws.isoflop import IsoflopFit, isoflop
@@ -30,6 +31,7 @@ LAWS: dict[str, type[Law]] = {law.name: law for law in ALL}
 
 __all__ = [
     "Chinchilla",
+    "EnvelopeFit",
     "Fit",
     "Holdout",
     "IsoflopFit",
@@ -40,6 +42,7 @@ __all__ = [
     "available",
     "budgets",
     "define",
+    "envelope",
     "fit",
     "flops_per_token",
     "free",
@@ -66,5 +69,5 @@ def fit(law: str | Law, table: Table, **options: Any) -> Fit:
 
 
 def load(path: str | os.PathLike[str], law: Law | None = None) -> Any:
-    """A `Fit` or `IsoflopFit` from the file that its `save` wrote, bit for bit. `law`: your own, where it is one."""
+    """A `Fit` (`IsoflopFit`, ...) from the file that its `save` wrote, bit for bit. `law`: your own, if it is one."""
     return store.load(path, LAWS, law)

@@ -52,6 +52,7 @@ def of_solution(fit: Fit) -> Iterator[Notice]:
     yield from _of_design(fit.rows, fit.law, fit.record["free"])
     yield from _of_columns(fit.rows, fit.law)
     yield from _of_solution(fit, *fit.solved)
+    yield from fit.law.findings(fit)
 
 
 def of_studies(fit: Fit) -> Iterator[Notice]:
@@ -190,7 +191,7 @@ def _of_solution(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[N
                 {"parameter": name, "bound": float(bound)},
             )
     E, lowest = float(fit.params.get("E", np.nan)), float(fit.observed.min())
-    if "E" in terms and terms["E"].max() < 1e-5:
+    if "E" in terms and np.abs(terms["E"]).max() < 1e-5:
         yield Notice(
             "E-below-zero",
             "warning",
@@ -198,7 +199,8 @@ def _of_solution(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[N
             "the runs are too small, or the law too stiff, to show a floor: do not extrapolate far.",
             {"E": E},
         )
-    if lowest <= E:
+    adds = "E" not in names or jacobian[:, names.index("E")].min() >= 0  # a form may subtract it
+    if lowest <= E and adds:
         yield Notice(
             "E-above-min-loss",
             "warning",
@@ -283,10 +285,9 @@ def _of_bootstrap(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[
     good = fit.samples[np.isfinite(fit.samples).all(1)]
     if error is None or len(good) < 20:
         return
-    # of exponents and the like: what the solver moves as it is, so that its error is the parameter's own
-    plain = [(i, fit.names.index(n)) for i, n in enumerate(free_names(fit)) if not fit.law.parameters[n].sign]
-    mine, theirs = np.array(plain, int).reshape(-1, 2).T
-    width = np.subtract(*np.quantile(good[:, theirs], [0.975, 0.025], axis=0)) / (2 * 1.96)
+    # of exponents and the like, in the solver's coordinates, which a form may choose as it likes
+    mine = np.array([i for i, n in enumerate(free_names(fit)) if not fit.law.parameters[n].sign], int)
+    width = np.subtract(*np.quantile(problem.internal(good)[:, mine], [0.975, 0.025], axis=0)) / (2 * 1.96)
     error = error[mine]
     if (width < 0.2 * error).any():
         yield Notice(

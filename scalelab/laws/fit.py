@@ -259,7 +259,8 @@ class Fit(Result):
 
     def document(self) -> dict[str, Any]:
         self.warnings  # noqa: B018  a file says everything that there is to say
-        return super().document() | {"law": self.law.name, "rows": jsonable(self.rows.document())}
+        law = {"law": self.law.name, "arguments": dict(self.law.arguments)}
+        return super().document() | law | {"rows": jsonable(self.rows.document())}
 
 
 class Prediction:

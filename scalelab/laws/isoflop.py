@@ -7,7 +7,7 @@ its sweep, or of a parabola that opens downward, is no minimum: it is refused, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,13 @@ from jaxtyping import Float
 
 from scalelab.errors import BadInput
 from scalelab.laws.allocate import flops_per_token
+from scalelab.laws.allocation import NAMES, AllocationFit, power_laws
 from scalelab.laws.notices import Notice, name_rows
-from scalelab.laws.result import Result, jsonable, provenance
+from scalelab.laws.result import jsonable, provenance
 from scalelab.laws.table import Table, prepare
 from scalelab.laws.validate import budgets
 
 NEAR = 10.0  # runs up to this factor in N from a budget's best run take part in its parabola
-NAMES = ("a", "b", "N_coef", "D_coef")
 
 
 def isoflop(
@@ -206,23 +206,11 @@ def _vertex_draws(
 
 
 def _power_laws(log_c: np.ndarray, log_n: Float[np.ndarray, "R g"], cost: Any) -> Float[np.ndarray, "R 4"]:
-    """Least-squares lines through the budgets that have a vertex; NaN with fewer than two."""
+    """Lines through the budgets that have a vertex."""
     seen = np.isfinite(log_n)
     per_token = np.full(log_n.shape, np.nan)
     per_token[seen] = np.log(cost(np.exp(log_n[seen])))
-    out = []
-    for target in (log_n, log_c - per_token):
-        count = seen.sum(1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            mean_x = np.where(seen, log_c, 0).sum(1) / count
-            mean_y = np.where(seen, target, 0).sum(1) / count
-            dx = np.where(seen, log_c - mean_x[:, None], 0)
-            slope = (dx * np.where(seen, target - mean_y[:, None], 0)).sum(1) / (dx**2).sum(1)
-            intercept = np.exp(mean_y - slope * mean_x)
-        enough = count >= 2
-        out.append((np.where(enough, slope, np.nan), np.where(enough, intercept, np.nan)))
-    (a, n0), (b, d0) = out
-    return np.stack([a, b, n0, d0], axis=1)
+    return power_laws(log_c, log_n, log_c - per_token)
 
 
 def _refusal(code: str, flops: float, reason: str, names: list[str], before: list[Notice]) -> Notice:
@@ -257,7 +245,7 @@ def cost_table(N: np.ndarray, D: np.ndarray, flops: np.ndarray) -> dict[str, lis
     return {"params": N.tolist(), "tokens": D.tolist(), "flops": flops.tolist()}
 
 
-class IsoflopFit(Result):
+class IsoflopFit(AllocationFit):
     """The vertices of IsoFLOP parabolas and the power laws through them.
 
     `params`: a, b of N* = N_coef C^a and D* = D_coef C^b. `vertices`: a row per budget with flops, params, tokens,
@@ -296,19 +284,6 @@ class IsoflopFit(Result):
             return np.full(samples.shape[1], np.nan), np.full(samples.shape[1], np.nan)
         lower, upper = np.nanquantile(np.where(enough, samples, 0.0), [0.025, 0.975], axis=0)
         return np.where(enough, lower, np.nan), np.where(enough, upper, np.nan)
-
-    def optimal(self, C: float | Sequence[float] | np.ndarray) -> pd.Series | pd.DataFrame:
-        """N* and D* at C FLOPs from the two power laws, with 95 % intervals; NaN where there are none."""
-        flops = np.atleast_1d(np.asarray(C, dtype=np.float64))
-        if flops.ndim != 1 or not (np.isfinite(flops) & (flops > 0)).all():
-            raise BadInput("C", C, "must be positive FLOPs, one number or a list of them")
-        out: dict[str, np.ndarray] = {"flops": flops}
-        for name, exponent, coefficient in (("params", 0, 2), ("tokens", 1, 3)):
-            out[name] = self.estimate[coefficient] * flops ** self.estimate[exponent]
-            drawn = self.samples[:, coefficient, None] * flops ** self.samples[:, exponent, None]
-            out[f"{name}_lower"], out[f"{name}_upper"] = self.interval(drawn)
-        frame = pd.DataFrame(out)
-        return frame if np.ndim(C) else frame.iloc[0].rename(float(flops[0]))
 
     def summary(self) -> str:
         r = self.record

@@ -7,7 +7,7 @@ else, from bad input to intervals, is here once for all forms.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from scalelab.laws import allocate, checks
 from scalelab.laws import objective as objectives
 from scalelab.laws.allocate import Cost
 from scalelab.laws.fit import Fit, Options
+from scalelab.laws.notices import Notice
 from scalelab.laws.objective import HUBER, Objective
 from scalelab.laws.parameter import Parameter
 from scalelab.laws.progress import progress
@@ -52,6 +53,7 @@ class Law:
     may_be_zero: tuple[str, ...] = ()  # roles whose values may be 0 or negative (a sparsity, a logarithm, ...)
     group: str | None = None  # role of a label (family, corpus, task) that the formula takes as integers
     published: Mapping[str, Mapping[str, float]] = types.MappingProxyType({})  # who -> its constants, to compare with
+    arguments: Mapping[str, Any] = types.MappingProxyType({})  # what the class was called with, for the fit's file
     scale: tuple[str, ...] = ()  # roles whose product orders rows by size, for hold-out; default: compute, or inputs[0]
 
     def formula(self, p: Any, x: Any) -> Any:
@@ -97,6 +99,10 @@ class Law:
         columns, index = inputs_of(table, self.inputs, {}, self.may_be_zero)
         params = np.array([[float(constants[name]) for name in self.parameters]])
         return pd.Series(self.evaluate(params, columns)[0], index=index, name=self.target)
+
+    def findings(self, fit: Fit) -> Iterable[Notice]:
+        """What only this form can have wrong with it; needs no refit."""
+        return ()
 
     # ---------------------------------------------------------------------------------------- allocation
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from scalelab.errors import BadInput
+from scalelab.laws.envelope import EnvelopeFit
 from scalelab.laws.fit import Fit, Options
 from scalelab.laws.isoflop import IsoflopFit
 from scalelab.laws.law import Law
@@ -20,8 +21,10 @@ from scalelab.laws.objective import Objective
 from scalelab.laws.result import SCHEMA, Result
 from scalelab.laws.table import LABELS, Rows
 
+TABLES: dict[str, Any] = {"isoflop": IsoflopFit, "envelope": EnvelopeFit}  # fits that are no law's
 
-def load(path: str | os.PathLike[str], known: Mapping[str, Callable[[], Law]], law: Law | None = None) -> Any:
+
+def load(path: str | os.PathLike[str], known: Mapping[str, Callable[..., Law]], law: Law | None = None) -> Any:
     """A fit from its file, bit for bit. `known` maps names to laws; `law` is the user's own, where it is theirs.
 
     Raises `BadInput` for other files.
@@ -44,14 +47,14 @@ def load(path: str | os.PathLike[str], known: Mapping[str, Callable[[], Law]], l
         document["record"],
     )
     fit: Result
-    if kind == "isoflop":
-        fit = IsoflopFit.restore(names, *common, document)
+    if kind in TABLES:
+        fit = TABLES[kind].restore(names, *common, document)
     else:
         name = document["law"]
         if law is None and name not in known:
             remedy = f"is none of {', '.join(sorted(known))}; for a law of your own: laws.load(path, law=...)"
             raise BadInput(f"{path.name}: law", name, remedy)
-        law = law or known[name]()
+        law = law or known[name](**document.get("arguments", {}))
         if (law.name, tuple(law.parameters)) != (name, names):
             raise BadInput(f"{path.name}: law", f"{name} of {', '.join(names)}", f"is not the law given, {law.name}")
         record = common[3]
