@@ -124,8 +124,9 @@ def search(
 ) -> tuple[Float[np.ndarray, "R m"], Float[np.ndarray, "R m"], Float[np.ndarray, "R m"]]:
     """N*, D* and the target there for any law in params and tokens: the lowest interior minimum along each budget.
 
-    ln N is searched from one parameter to D = N (a spurious minimum at D << N is a known trap of flexible surfaces),
-    first on a grid, then by golden section. NaN where the lowest point is an end of that range.
+    ln N is searched from 1,000 parameters to D = N, or as few tokens per parameter as `Law.fewest_tokens` says (a
+    spurious minimum at D << N is a known trap of flexible surfaces), first on a grid, then by golden section. NaN where
+    the lowest point is an end of that range.
     """
     if not callable(cost) and not float(cost) > 0:
         raise BadInput("flops_per_param_token", cost, "must be above 0, or a function of the parameter count")
@@ -136,7 +137,7 @@ def search(
         """ln D and the target at (R, k) points of ln N."""
         N = np.exp(log_n)
         D = budget / (per_token(cost, N) if callable(cost) else float(cost) * N)
-        flat = {"params": N.reshape(-1), "tokens": D.reshape(-1)}
+        flat = {law.paid: N.reshape(-1), "tokens": D.reshape(-1)}
         flat |= {role: np.full(N.size, float(value)) for role, value in others.items()}
         # each draw is evaluated at its own points: one row of columns per draw
         value = np.empty(N.shape)
@@ -148,10 +149,9 @@ def search(
 
     golden = (np.sqrt(5) - 1) / 2
     for m, budget in enumerate(flops):
-        top = 0.5 * np.log(
-            budget
-            / (float(cost) if not callable(cost) else float(cost(np.array([np.sqrt(budget)]))[0] / np.sqrt(budget)))
-        )
+        middle = np.array([np.sqrt(budget)])
+        per_param = per_token(cost, middle)[0] / middle[0] if callable(cost) else float(cost)
+        top = 0.5 * np.log(budget / (per_param * law.fewest_tokens))
         grid = np.linspace(np.log(1e3), top, GRID)
         _, value = along(np.broadcast_to(grid, (R, GRID)), float(budget))
         value = np.where(np.isfinite(value), value, np.inf)

@@ -139,8 +139,8 @@ class Fit(Result):
         return self.law.evaluate(self.samples, self._inputs(table)[0])
 
     def _inputs(self, table: Table) -> tuple[dict[str, np.ndarray], pd.Index]:
-        law = self.law
-        return inputs_of(table, law.inputs, self.record["columns"], law.may_be_zero, law.group, self.rows.labels)
+        law, columns = self.law, self.record["columns"]
+        return inputs_of(table, law.inputs, columns, law.may_be_zero, law.group, self.rows.labels, law.ranges)
 
     def get_prediction(self, table: Table) -> Prediction:
         """The law's curve and new runs at the table's inputs, each with its own interval."""
@@ -284,7 +284,8 @@ class Prediction:
         rng = np.random.default_rng(fit.options.seed)
         noise = rng.choice(residual - np.median(residual), size=curve.shape) * np.sqrt(n / max(1, n - P))
         runs = curve * np.exp(noise) if fit.options.objective.on == "log" else curve + noise
-        obs_lower, obs_upper = fit.interval(runs, level)
+        possible = fit.law.ranges.get(fit.law.target, (-np.inf, np.inf))
+        obs_lower, obs_upper = fit.interval(np.clip(runs, *possible), level)
         usable = np.isfinite(lower)
         with np.errstate(invalid="ignore"):
             se = np.where(usable, _std(curve), np.nan)

@@ -51,10 +51,13 @@ class Law:
     source: str
     objective: Objective = HUBER
     may_be_zero: tuple[str, ...] = ()  # roles whose values may be 0 or negative (a sparsity, a logarithm, ...)
+    ranges: Mapping[str, tuple[float, float]] = types.MappingProxyType({})  # role -> lowest and highest sensible value
     group: str | None = None  # role of a label (family, corpus, task) that the formula takes as integers
     published: Mapping[str, Mapping[str, float]] = types.MappingProxyType({})  # who -> its constants, to compare with
     arguments: Mapping[str, Any] = types.MappingProxyType({})  # what the class was called with, for the fit's file
     scale: tuple[str, ...] = ()  # roles whose product orders rows by size, for hold-out; default: compute, or inputs[0]
+    fewest_tokens: float = 1.0  # per parameter: below, an optimum is taken for the spurious one of a flexible surface
+    paid: str = "params"  # role of the parameters that compute is paid for: `optimal` chooses these and tokens
 
     def formula(self, p: Any, x: Any) -> Any:
         """The target from parameters p.name and columns x.role, in NumPy operations that broadcast.
@@ -96,7 +99,7 @@ class Law:
         missing = [name for name in self.parameters if name not in constants]
         if missing:
             raise BadInput("constants", list(constants), f"lack {', '.join(missing)}")
-        columns, index = inputs_of(table, self.inputs, {}, self.may_be_zero)
+        columns, index = inputs_of(table, self.inputs, {}, self.may_be_zero, ranges=self.ranges)
         params = np.array([[float(constants[name]) for name in self.parameters]])
         return pd.Series(self.evaluate(params, columns)[0], index=index, name=self.target)
 
@@ -109,7 +112,7 @@ class Law:
     @property
     def allocates(self) -> bool:
         """Whether there is a compute-optimal choice of parameters and tokens."""
-        return {"params", "tokens"} <= set(self.inputs)
+        return {self.paid, "tokens"} <= set(self.inputs)
 
     def optimum(
         self, params: Float[np.ndarray, "R P"], flops: Float[np.ndarray, " m"], cost: Cost, **others: float
@@ -120,7 +123,7 @@ class Law:
         """
         if not self.allocates:
             raise BadInput("law", self.name, "has no compute-optimal allocation of parameters and tokens")
-        missing = [role for role in self.inputs if role not in ("params", "tokens", *others)]
+        missing = [role for role in self.inputs if role not in (self.paid, "tokens", *others)]
         if missing:
             raise BadInput("optimal", missing, f"{self.name} needs a value for each: optimal(C, {missing[0]}=...)")
         return allocate.search(self, params, flops, cost, others)
@@ -175,6 +178,7 @@ class Law:
         rows = prepare(
             table, (*self.inputs, *self.measured), target=self.target, columns=columns, weights=weights,
             cluster=cluster, stratify=stratify, drop=drop, may_be_zero=self.may_be_zero, group=self.group,
+            ranges=self.ranges,
         )  # fmt: skip
         about = {
             "weights": "all 1" if weights is None else (weights if isinstance(weights, str) else "given"),

@@ -79,6 +79,9 @@ class FormRegression(Regression):
         self.law, self.on = law, on
         self.columns = types.SimpleNamespace(**law.columns_of(columns))
         target = columns[law.target]
+        if on == "log" and target.min() <= 0:
+            remedy = f"{law.target} has values of 0 or less, which have no logarithm: objective='squares' takes them"
+            raise BadInput("objective", "residuals of logarithms", remedy)
         self.data = np.log(target) if on == "log" else np.asarray(target, float)
         self.rows = len(target)
         specs = list(law.parameters.values())

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -138,13 +139,15 @@ def prepare(
     drop: bool = False,
     may_be_zero: Sequence[str] = (),
     group: str | None = None,
+    ranges: Mapping[str, tuple[float, float]] = types.MappingProxyType({}),
 ) -> Rows:
     """The table's rows that can be fitted, by role.
 
     Runs whose `status` is not "done" are left out, with a notice that names them. NaN, infinite or non-positive
-    values of an input, the target or a weight raise `BadInput` that names the rows, or are left out with a notice where
-    `drop` is true; roles in `may_be_zero` need only be finite. A row equal to an earlier one in every input, target and
-    seed is counted once, with a notice. `cluster="auto"`: the column `run`, or `id`, where two rows share a value.
+    values of an input, the target or a weight, and values outside `ranges` (role -> lowest and highest), raise
+    `BadInput` that names the rows, or are left out with a notice where `drop` is true; roles in `may_be_zero` need not
+    be positive. A row equal to an earlier one in every input, target and seed is counted once, with a notice.
+    `cluster="auto"`: the column `run`, or `id`, where two rows share a value.
     """
     frame = _frame(table)
     own = (*inputs, target)
@@ -181,20 +184,23 @@ def prepare(
         elif role in source:
             values[role] = _numbers(frame, source[role], required=role in own)
     weight = _weights(frame, weights)
-    for what, test in (("nonfinite", lambda v: ~np.isfinite(v)), ("nonpositive", lambda v: v <= 0)):
+    for what in ("nonfinite", "nonpositive", "out-of-range"):
         for role, array in [*((r, values[r]) for r in own), ("weights", weight)]:
+            low, high = ranges.get(role, (-np.inf, np.inf))
             if what == "nonpositive" and (role in may_be_zero or role == group):
                 continue
-            bad = keep & test(array)
+            wrong = {"nonfinite": ~np.isfinite(array), "nonpositive": array <= 0}
+            bad = keep & (wrong[what] if what in wrong else (array < low) | (array > high))
             if not bad.any():
                 continue
             left = [names[i] for i in np.flatnonzero(bad)]
             column = source.get(role, role)
             if not drop:
+                must = f"lie from {low:g} to {high:g}" if what == "out-of-range" else "be a finite number above 0"
                 raise BadInput(
                     f"column {column}",
                     array[bad][:5].tolist(),
-                    f"{what} in row {name_rows(left)}; must be a finite number above 0; drop=True leaves such rows out",
+                    f"{what} in row {name_rows(left)}; must {must}; drop=True leaves such rows out",
                 )
             notices.append(
                 Notice(
@@ -263,8 +269,9 @@ def inputs_of(
     may_be_zero: Sequence[str] = (),
     group: str | None = None,
     labels: Sequence[str] = (),
+    ranges: Mapping[str, tuple[float, float]] = types.MappingProxyType({}),
 ) -> tuple[dict[str, np.ndarray], pd.Index]:
-    """The named roles of a table at which to evaluate a law: finite, and positive unless they may be 0."""
+    """The named roles of a table at which to evaluate a law: finite, in range, positive unless they may be 0."""
     frame = _frame(table)
     source = _sources(frame, {k: v for k, v in columns.items() if v in frame}, roles)
     values = {}
@@ -276,12 +283,15 @@ def inputs_of(
             values[role] = frame[source[role]].astype(str).map(list(labels).index).to_numpy(float)
             continue
         array = values[role] = _numbers(frame, source[role], required=True)
-        bad = ~(np.isfinite(array) & ((array > 0) | (role in may_be_zero)))
+        low, high = ranges.get(role, (-np.inf, np.inf))
+        bad = ~(np.isfinite(array) & ((array > 0) | (role in may_be_zero))) | (array < low) | (array > high)
         if bad.any():
+            must = f"finite{'' if role in may_be_zero else ' and above 0'}"
+            must += f", from {low:g} to {high:g}" if role in ranges else ""
             raise BadInput(
                 f"column {source[role]}",
                 array[bad][:5].tolist(),
-                f"must be finite{'' if role in may_be_zero else ' and above 0'}; see row {name_rows(frame.index[bad])}",
+                f"must be {must}; see row {name_rows(frame.index[bad])}",
             )
     return values, frame.index
 
