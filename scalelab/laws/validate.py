@@ -109,8 +109,10 @@ def holdout(fit: Fit, cut: float | None = None) -> Holdout:
     table["nearest run"] = _nearest(inputs, fewer.columns[law.target], ask)
     power = f"power law in {called}"
     table[power] = _power_law(size[size < cut], fewer.columns[law.target], size[size >= cut])
-    table["error"] = table["predicted"] / measured - 1
-    relative = table[["predicted", "nearest run", power]].div(measured, axis=0) - 1
+    # relative errors; of a target that may be 0 (coverage, reward) in units of its mean
+    unit = measured if (measured > 0).all() else max(float(np.abs(measured).mean()), 1e-300)
+    table["error"] = (table["predicted"] - measured) / unit
+    relative = table[["predicted", "nearest run", power]].sub(measured, axis=0).div(unit, axis=0)
     errors = pd.DataFrame({"mean_abs": relative.abs().mean(), "bias": relative.mean(), "worst": relative.abs().max()})
     distance = float(np.log10(size.max() / size[size < cut].max()))
     errors = errors.rename(index={"predicted": "law"})
