@@ -18,10 +18,12 @@ from scalelab.laws.isoflop import IsoflopFit
 from scalelab.laws.law import Law
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
+from scalelab.laws.passk import BetaTail
 from scalelab.laws.result import SCHEMA, Result
 from scalelab.laws.table import LABELS, Rows
 
-TABLES: dict[str, Any] = {"isoflop": IsoflopFit, "envelope": EnvelopeFit}  # fits that are no law's
+# fits that are no law's
+TABLES: dict[str, Any] = {"isoflop": IsoflopFit, "envelope": EnvelopeFit, BetaTail.kind: BetaTail}
 
 
 def load(path: str | os.PathLike[str], known: Mapping[str, Callable[..., Law]], law: Law | None = None) -> Any:

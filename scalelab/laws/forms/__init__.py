@@ -1,15 +1,26 @@
 """The laws, one file per family. `ALL` is what `laws.available()` names."""
 
 from scalelab.laws.forms.chinchilla import Chinchilla
+from scalelab.laws.forms.distillation import M4, Distillation, Transfer
 from scalelab.laws.forms.farseer import Farseer
 from scalelab.laws.forms.kaplan import Kaplan, KaplanSteps
 from scalelab.laws.forms.ladder import Ladder, LossToAccuracy, TaskLoss
 from scalelab.laws.forms.mixtures import DataMixture, best_mixture
+from scalelab.laws.forms.moe import EfficiencyLeverage, FineGrainedMoE, JointMoE, MoESparsity, fine_grained_flops
 from scalelab.laws.forms.overtraining import LossToError, OverTraining
 from scalelab.laws.forms.parscale import ParScale
 from scalelab.laws.forms.power import BrokenPower, PowerFloor, PowerLaw
 from scalelab.laws.forms.precision import FloatPrecision, PostTraining, Precision
 from scalelab.laws.forms.repetition import DataConstrained, RepeatedPools, UtilityDecay
+from scalelab.laws.forms.routing import Routing
+from scalelab.laws.forms.sampling import (
+    Coverage,
+    RLCompute,
+    Speculative,
+    TrainTestCompute,
+    speculative_speedup,
+    tokens_per_verification,
+)
 from scalelab.laws.forms.surfaces import ChinchillaGamma, Coupled, Multiplicative
 from scalelab.laws.forms.vocabulary import Vocabulary
 
@@ -28,6 +39,18 @@ ALL = (
     Precision,
     PostTraining,
     FloatPrecision,
+    Routing,
+    FineGrainedMoE,
+    JointMoE,
+    MoESparsity,
+    EfficiencyLeverage,
+    Coverage,
+    TrainTestCompute,
+    Speculative,
+    RLCompute,
+    Distillation,
+    Transfer,
+    M4,
     PowerLaw,
     PowerFloor,
     BrokenPower,
@@ -42,19 +65,26 @@ ALL = (
 
 __all__ = [
     "ALL",
+    "M4",
     "BrokenPower",
     "Chinchilla",
     "ChinchillaGamma",
     "Coupled",
+    "Coverage",
     "DataConstrained",
     "DataMixture",
+    "Distillation",
+    "EfficiencyLeverage",
     "Farseer",
+    "FineGrainedMoE",
     "FloatPrecision",
+    "JointMoE",
     "Kaplan",
     "KaplanSteps",
     "Ladder",
     "LossToAccuracy",
     "LossToError",
+    "MoESparsity",
     "Multiplicative",
     "OverTraining",
     "ParScale",
@@ -62,9 +92,17 @@ __all__ = [
     "PowerFloor",
     "PowerLaw",
     "Precision",
+    "RLCompute",
     "RepeatedPools",
+    "Routing",
+    "Speculative",
     "TaskLoss",
+    "TrainTestCompute",
+    "Transfer",
     "UtilityDecay",
     "Vocabulary",
     "best_mixture",
+    "fine_grained_flops",
+    "speculative_speedup",
+    "tokens_per_verification",
 ]
