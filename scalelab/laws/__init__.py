@@ -14,23 +14,24 @@ import os
 from typing import Any
 
 from scalelab.errors import BadInput
-from scalelab.laws import store
+from scalelab.laws import forms, store
 from scalelab.laws.allocate import flops_per_token
 from scalelab.laws.envelope import EnvelopeFit, envelope
 from scalelab.laws.fit import Fit
-from scalelab.laws.forms import ALL, Chinchilla
+from scalelab.laws.forms import *  # noqa: F403  every form by its class, and the functions that belong to one
 from scalelab.laws.isoflop import IsoflopFit, isoflop
 from scalelab.laws.law import Law, define
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
 from scalelab.laws.parameter import Parameter, free, negative, positive
+from scalelab.laws.passk import BetaTail, beta_tail, coverage_table, pass_at_k
 from scalelab.laws.table import Table, read_table
 from scalelab.laws.validate import Holdout, budgets
 
-LAWS: dict[str, type[Law]] = {law.name: law for law in ALL}
+LAWS: dict[str, type[Law]] = {law.name: law for law in forms.ALL}
 
 __all__ = [
-    "Chinchilla",
+    "BetaTail",
     "EnvelopeFit",
     "Fit",
     "Holdout",
@@ -40,7 +41,9 @@ __all__ = [
     "Objective",
     "Parameter",
     "available",
+    "beta_tail",
     "budgets",
+    "coverage_table",
     "define",
     "envelope",
     "fit",
@@ -49,9 +52,11 @@ __all__ = [
     "isoflop",
     "load",
     "negative",
+    "pass_at_k",
     "positive",
     "read_table",
 ]
+__all__ += forms.__all__
 
 
 def available() -> list[str]:

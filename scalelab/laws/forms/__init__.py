@@ -64,7 +64,6 @@ ALL = (
 )
 
 __all__ = [
-    "ALL",
     "M4",
     "BrokenPower",
     "Chinchilla",
