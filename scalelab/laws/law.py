@@ -301,7 +301,7 @@ class Law:
                     value, converged = np.where(better, rival.value, value), converged | rival.converged
                 good = converged & ((weights > 0).sum(1) >= free)
                 back = back.reshape(-1)
-                boundary[part] = ((theta <= problem.lower) | (theta >= problem.upper)).any(1)[back]
+                boundary[part] = np.any((theta <= problem.lower) | (theta >= problem.upper), axis=1)[back]
                 samples[part] = np.where(good[:, None], problem.natural(theta), np.nan)[back]
                 advance(len(back))
         return samples, boundary

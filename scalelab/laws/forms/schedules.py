@@ -36,7 +36,8 @@ class CurveLaw(Law):
     def table_of(self, table: Table, columns: Mapping[str, str], fitting: bool = False) -> Table:
         if LR_SUM in table:  # prepared by `curve_features`
             return table
-        return curve_features(table, columns, self.target if fitting else None)
+        features = curve_features(table, columns, self.target if fitting else None)
+        return features if fitting else features.loc[features[LR_SUM] > 0]  # before any learning there is no prediction
 
     def problem(self, columns: Mapping[str, np.ndarray], on: str) -> Regression:
         return CurveRegression(self, columns, on)
@@ -159,7 +160,7 @@ def _over_nodes(
     values = np.broadcast_arrays(*(np.asarray(value_of(q), float) for q in parameters))
     draws, (_, n, m) = len(values[0]), nodes.shape
     jets = any(isinstance(q, Jet) for q in parameters)
-    size = max(1, ELEMENTS // (draws * m))
+    size = max(1, ELEMENTS // max(1, draws * m))
     chunks = [
         term(*(v[:, :, None] for v in values), *nodes[:, i : i + size], derivatives=jets) for i in range(0, n, size)
     ]
