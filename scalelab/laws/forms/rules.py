@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import ArrayLike
+from numpy.typing import ArrayLike
 
 from scalelab.laws.forms.batch import _positive
 from scalelab.laws.law import Law
