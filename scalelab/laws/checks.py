@@ -319,8 +319,9 @@ def sandwich(problem: Regression, theta: np.ndarray, weights: np.ndarray, object
 
 def extrapolation(fit: Fit, columns: Mapping[str, np.ndarray], flops: np.ndarray | None = None) -> None:
     """Adds `far-extrapolation` where N, D, D/N or C lie outside the fitted range: beyond a decade it warns."""
-    known = {SYMBOL.get(role, role): fit.rows.columns[role] for role in fit.law.inputs if role != fit.law.group}
-    wanted = {SYMBOL.get(role, role): columns[role] for role in fit.law.inputs if role in columns}
+    roles = [role for role in fit.law.inputs if role != fit.law.group and role not in fit.law.may_be_zero]
+    known = {SYMBOL.get(role, role): fit.rows.columns[role] for role in roles}
+    wanted = {SYMBOL.get(role, role): columns[role] for role in roles if role in columns}
     if {"N", "D"} <= set(known) and {"N", "D"} <= set(wanted):
         known |= {"C": fit.rows.compute, "D/N": known["D"] / known["N"]}
         wanted |= {"C": 6.0 * wanted["N"] * wanted["D"] if flops is None else flops, "D/N": wanted["D"] / wanted["N"]}

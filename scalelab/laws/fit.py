@@ -140,6 +140,7 @@ class Fit(Result):
 
     def _inputs(self, table: Table) -> tuple[dict[str, np.ndarray], pd.Index]:
         law, columns = self.law, self.record["columns"]
+        table = law.table_of(table, columns)
         return inputs_of(table, law.inputs, columns, law.may_be_zero, law.group, self.rows.labels, law.ranges)
 
     def get_prediction(self, table: Table) -> Prediction:

@@ -66,6 +66,13 @@ class Law:
         """
         raise NotImplementedError
 
+    def table_of(self, table: Table, columns: Mapping[str, str], fitting: bool = False) -> Table:
+        """The table with the law's inputs as columns, a row for each value wanted; `columns` is role -> column.
+
+        For laws whose input is no column (a whole learning-rate schedule, say) but can be computed from the table.
+        """
+        return table
+
     def columns_of(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """What the formula sees as x: the input columns, or what a form computes from them once."""
         return {role: columns[role] for role in self.inputs}
@@ -99,6 +106,7 @@ class Law:
         missing = [name for name in self.parameters if name not in constants]
         if missing:
             raise BadInput("constants", list(constants), f"lack {', '.join(missing)}")
+        table = self.table_of(table, {})
         columns, index = inputs_of(table, self.inputs, {}, self.may_be_zero, ranges=self.ranges)
         params = np.array([[float(constants[name]) for name in self.parameters]])
         return pd.Series(self.evaluate(params, columns)[0], index=index, name=self.target)
@@ -176,9 +184,9 @@ class Law:
             tied=dict(tied or {}), method=method, seed=int(seed), starts=starts or STARTS,
         )  # fmt: skip
         rows = prepare(
-            table, (*self.inputs, *self.measured), target=self.target, columns=columns, weights=weights,
-            cluster=cluster, stratify=stratify, drop=drop, may_be_zero=self.may_be_zero, group=self.group,
-            ranges=self.ranges,
+            self.table_of(table, columns or {}, fitting=True), (*self.inputs, *self.measured), target=self.target,
+            columns=columns, weights=weights, cluster=cluster, stratify=stratify, drop=drop,
+            may_be_zero=self.may_be_zero, group=self.group, ranges=self.ranges,
         )  # fmt: skip
         about = {
             "weights": "all 1" if weights is None else (weights if isinstance(weights, str) else "given"),
@@ -279,9 +287,11 @@ class Law:
         fitted = problem.model(optimum[None])[0]
         with progress(resamples.draws, f"{self.name}: bootstrap") as advance:
             for part, counts, data in resamples.chunks(fitted, problem.data, free):
-                weights = counts * rows.weights
-                lanes = part.stop - part.start
-                best = minimise(problem, np.broadcast_to(optimum, (lanes, len(optimum))), weights, goal, data=data)
+                weights, back = counts * rows.weights, np.arange(part.stop - part.start)
+                if data is None and rows.clusters is not None:  # a few clusters make few different draws
+                    weights, back = np.unique(weights, axis=0, return_inverse=True)
+                start_here = np.broadcast_to(optimum, (len(weights), len(optimum)))
+                best = minimise(problem, start_here, weights, goal, data=data)
                 theta, value, converged = best.theta, best.value, best.converged
                 own = problem.cold_starts(weights) if data is None else None
                 for start in [own] if own is not None else [np.broadcast_to(o, theta.shape) for o in others]:
@@ -289,10 +299,11 @@ class Law:
                     better = rival.converged & ((rival.value < value) | ~converged)
                     theta = np.where(better[:, None], rival.theta, theta)
                     value, converged = np.where(better, rival.value, value), converged | rival.converged
-                boundary[part] = ((theta <= problem.lower) | (theta >= problem.upper)).any(1)
                 good = converged & ((weights > 0).sum(1) >= free)
-                samples[part] = np.where(good[:, None], problem.natural(theta), np.nan)
-                advance(lanes)
+                back = back.reshape(-1)
+                boundary[part] = np.any((theta <= problem.lower) | (theta >= problem.upper), axis=1)[back]
+                samples[part] = np.where(good[:, None], problem.natural(theta), np.nan)[back]
+                advance(len(back))
         return samples, boundary
 
 

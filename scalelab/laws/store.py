@@ -18,12 +18,15 @@ from scalelab.laws.isoflop import IsoflopFit
 from scalelab.laws.law import Law
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
+from scalelab.laws.optimum import LrOptimum
 from scalelab.laws.passk import BetaTail
 from scalelab.laws.result import SCHEMA, Result
 from scalelab.laws.table import LABELS, Rows
 
 # fits that are no law's
-TABLES: dict[str, Any] = {"isoflop": IsoflopFit, "envelope": EnvelopeFit, BetaTail.kind: BetaTail}
+TABLES: dict[str, Any] = {
+    "isoflop": IsoflopFit, "envelope": EnvelopeFit, BetaTail.kind: BetaTail, LrOptimum.kind: LrOptimum,
+}  # fmt: skip
 
 
 def load(path: str | os.PathLike[str], known: Mapping[str, Callable[..., Law]], law: Law | None = None) -> Any:

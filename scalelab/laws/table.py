@@ -146,8 +146,8 @@ def prepare(
     Runs whose `status` is not "done" are left out, with a notice that names them. NaN, infinite or non-positive
     values of an input, the target or a weight, and values outside `ranges` (role -> lowest and highest), raise
     `BadInput` that names the rows, or are left out with a notice where `drop` is true; roles in `may_be_zero` need not
-    be positive. A row equal to an earlier one in every input, target and seed is counted once, with a notice.
-    `cluster="auto"`: the column `run`, or `id`, where two rows share a value.
+    be positive. A row equal to an earlier one in every input, target, seed and schedule is counted once, with a
+    notice. `cluster="auto"`: the column `run`, or `id`, where two rows share a value.
     """
     frame = _frame(table)
     own = (*inputs, target)
@@ -218,8 +218,9 @@ def prepare(
     position = np.full(len(frame), -1)
     kept = np.flatnonzero(keep)
     key = [values[role][kept] for role in own]
-    if "seed" in source:
-        key.append(pd.factorize(frame[source["seed"]].iloc[kept])[0])
+    for role in ("seed", "schedule"):  # runs that differ in these are no copies, though they be equal so far
+        if role in source:
+            key.append(pd.factorize(frame[source[role]].iloc[kept])[0])
     _, where, inverse = np.unique(np.stack(key, axis=1), axis=0, return_index=True, return_inverse=True)
     used = kept[np.sort(where)]
     first = np.argsort(np.argsort(where))[inverse.reshape(-1)]

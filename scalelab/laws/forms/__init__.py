@@ -1,5 +1,6 @@
 """The laws, one file per family. `ALL` is what `laws.available()` names."""
 
+from scalelab.laws.forms.batch import CriticalBatch, CriticalBatchOfLoss
 from scalelab.laws.forms.chinchilla import Chinchilla
 from scalelab.laws.forms.distillation import M4, Distillation, Transfer
 from scalelab.laws.forms.farseer import Farseer
@@ -13,6 +14,7 @@ from scalelab.laws.forms.power import BrokenPower, PowerFloor, PowerLaw
 from scalelab.laws.forms.precision import FloatPrecision, PostTraining, Precision
 from scalelab.laws.forms.repetition import DataConstrained, RepeatedPools, UtilityDecay
 from scalelab.laws.forms.routing import Routing
+from scalelab.laws.forms.rules import AdamWTimescale, DeepSeekBatch, DeepSeekLr, StepLawBatch, StepLawLr
 from scalelab.laws.forms.sampling import (
     Coverage,
     RLCompute,
@@ -21,6 +23,7 @@ from scalelab.laws.forms.sampling import (
     speculative_speedup,
     tokens_per_verification,
 )
+from scalelab.laws.forms.schedules import Annealing, MultiPower
 from scalelab.laws.forms.surfaces import ChinchillaGamma, Coupled, Multiplicative
 from scalelab.laws.forms.vocabulary import Vocabulary
 
@@ -61,17 +64,32 @@ ALL = (
     Multiplicative,
     Farseer,
     Vocabulary,
+    CriticalBatch,
+    CriticalBatchOfLoss,
+    StepLawLr,
+    StepLawBatch,
+    DeepSeekLr,
+    DeepSeekBatch,
+    AdamWTimescale,
+    Annealing,
+    MultiPower,
 )
 
 __all__ = [
     "M4",
+    "AdamWTimescale",
+    "Annealing",
     "BrokenPower",
     "Chinchilla",
     "ChinchillaGamma",
     "Coupled",
     "Coverage",
+    "CriticalBatch",
+    "CriticalBatchOfLoss",
     "DataConstrained",
     "DataMixture",
+    "DeepSeekBatch",
+    "DeepSeekLr",
     "Distillation",
     "EfficiencyLeverage",
     "Farseer",
@@ -84,6 +102,7 @@ __all__ = [
     "LossToAccuracy",
     "LossToError",
     "MoESparsity",
+    "MultiPower",
     "Multiplicative",
     "OverTraining",
     "ParScale",
@@ -95,6 +114,8 @@ __all__ = [
     "RepeatedPools",
     "Routing",
     "Speculative",
+    "StepLawBatch",
+    "StepLawLr",
     "TaskLoss",
     "TrainTestCompute",
     "Transfer",
