@@ -187,14 +187,17 @@ class Law:
         return self.fit_rows(rows, options, bootstrap, about)
 
     def fit_rows(
-        self, rows: Rows, options: Options, bootstrap: int | np.ndarray = 0, about: Mapping[str, Any] | None = None,
-        near: Float[np.ndarray, " P"] | None = None,
+        self, rows: Rows, options: Options, bootstrap: int | np.ndarray | Resamples = 0,
+        about: Mapping[str, Any] | None = None, near: Float[np.ndarray, " P"] | None = None,
     ) -> Fit:  # fmt: skip
-        """Fit rows that are prepared already. `near`: parameters to start from too, as those of a kindred fit."""
+        """Fit rows that are prepared already. `near`: parameters to start from too, as those of a kindred fit.
+        `bootstrap` may be resamples drawn elsewhere (for several laws at once)."""
         free = len(self.parameters) - len(options.fixed) - len(options.tied)
         checks.enough_rows(rows, self, free)
         problem = self._regression(rows, options)
-        resamples = Resamples(rows, bootstrap, options.seed, free, options.method, rows.strata)
+        resamples = bootstrap
+        if not isinstance(resamples, Resamples):
+            resamples = Resamples(rows, resamples, options.seed, free, options.method, rows.strata)
         goal = options.objective
         starts = problem.starts(rows.weights, goal, options.starts)
         if near is not None:
