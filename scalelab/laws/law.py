@@ -87,6 +87,14 @@ class Law:
         rows = len(next(iter(columns.values())))
         return np.broadcast_to(value, (len(params), rows)) * 1.0
 
+    def evaluate_each(self, params: Float[np.ndarray, "n P"], columns: Mapping[str, np.ndarray]) -> Float[np.ndarray, " n"]:
+        """The target at n inputs, each with its own parameter vector."""
+        x = types.SimpleNamespace(**self.columns_of(columns))
+        p = types.SimpleNamespace(**{name: params[None, :, i] for i, name in enumerate(self.parameters)})
+        with np.errstate(all="ignore"):
+            value = self.formula(p, x)
+        return np.broadcast_to(value, (1, len(params)))[0] * 1.0
+
     def predict(self, constants: str | Mapping[str, float], table: Table) -> pd.Series:
         """The target at a table's inputs under given constants: a name in `published`, or parameter -> value.
 
