@@ -87,7 +87,9 @@ class Law:
         rows = len(next(iter(columns.values())))
         return np.broadcast_to(value, (len(params), rows)) * 1.0
 
-    def evaluate_each(self, params: Float[np.ndarray, "n P"], columns: Mapping[str, np.ndarray]) -> Float[np.ndarray, " n"]:
+    def evaluate_each(
+        self, params: Float[np.ndarray, "n P"], columns: Mapping[str, np.ndarray]
+    ) -> Float[np.ndarray, " n"]:
         """The target at n inputs, each with its own parameter vector."""
         x = types.SimpleNamespace(**self.columns_of(columns))
         p = types.SimpleNamespace(**{name: params[None, :, i] for i, name in enumerate(self.parameters)})
