@@ -168,7 +168,8 @@ def _side(name: str, given: Side, law: Any, pair: Any, bootstrap: int, seed: int
     keys = list(zip(*(np.asarray(columns[c])[where].tolist() for c in wanted), strict=True)) if wanted else None
     side = _Side(name, fit.law, fit.estimate, fit, fit.samples, keys)
     if "seconds" in columns and {"params", "tokens"} <= set(fit.rows.columns):
-        N, D, time = (np.asarray(v, float) for v in (fit.rows.columns["params"], fit.rows.columns["tokens"], np.asarray(columns["seconds"])[where]))  # fmt: skip
+        N, D = fit.rows.columns["params"], fit.rows.columns["tokens"]
+        time = np.asarray(columns["seconds"], float)[where]
         if (np.isfinite(time) & (time > 0)).all():
             side.seconds = flops_per_token(N, D, time)
     return side
@@ -244,7 +245,7 @@ def _budgets(C: Any, arms: list[Arm]) -> np.ndarray:
     budgets = np.atleast_1d(np.asarray(C, float))
     if budgets.ndim != 1 or not len(budgets) or not (np.isfinite(budgets) & (budgets > 0)).all():
         raise BadInput("C", C, "must be positive FLOPs, one number or a list of them")
-    return np.geomspace(*budgets, POINTS) if isinstance(C, tuple) and len(budgets) == 2 else budgets
+    return np.geomspace(budgets[0], budgets[1], POINTS) if isinstance(C, tuple) and len(budgets) == 2 else budgets
 
 
 def _elsewhere(
@@ -267,7 +268,8 @@ def _elsewhere(
             loss = np.full(ours.shape, np.nan)
             loss[:, known] = side.optimum(time[known], rate)[2]
             losses.append(loss)
-        out["seconds"] = (losses[0], losses[1])
+        if np.isfinite(losses).any():
+            out["seconds"] = (losses[0], losses[1])
     return out
 
 
@@ -362,7 +364,11 @@ def _of_crossings(table: pd.DataFrame, inside: tuple[float, float] | None) -> li
             "warning",
             f"a crossing lies outside the data, or within it with a probability under {LIKELY:.0%}: {said}.",
             "train both arms at that compute before relying on it.",
-            {"arms": [a for a, _, _ in far], "flops": [c for _, c, _ in far], "probability_inside": [p for *_, p in far]},
+            {
+                "arms": [a for a, _, _ in far],
+                "flops": [c for _, c, _ in far],
+                "probability_inside": [p for *_, p in far],
+            },
         )
     ]
 
@@ -370,25 +376,27 @@ def _of_crossings(table: pd.DataFrame, inside: tuple[float, float] | None) -> li
 def _of_gaps(contrasts: pd.DataFrame, sides: list[_Side]) -> list[Notice]:
     """`small-gap`: below the scatter of one run, or below what this design finds in 80 % of studies."""
     fits = [s.fit for s in sides if s.fit is not None]
-    rows = contrasts[(contrasts["at"] == "compute") & contrasts["difference"].notna()]
+    rows: Any = contrasts[(contrasts["at"] == "compute") & contrasts["difference"].notna()]
     if not fits or rows.empty:
         return []
     scale = max(robust_scale(f.resid.to_numpy()) for f in fits)
     on_logs = all(f.options.objective.on == "log" for f in fits)
-    noise = scale * (rows["loss_reference"] if on_logs else 1.0)
-    detectable = POWER * (rows["upper"] - rows["lower"]) / (2 * 1.96)
-    gap = rows["difference"].abs()
-    small = (gap < noise) | (gap < detectable)
+    flops, gap, lower, upper, loss = (
+        rows[c].to_numpy(float) for c in ("flops", "difference", "lower", "upper", "loss_reference")
+    )
+    noise = scale * (loss if on_logs else np.ones_like(loss))
+    detectable = POWER * (upper - lower) / (2 * 1.96)
+    small = (np.abs(gap) < noise) | (np.abs(gap) < detectable)
     if not small.any():
         return []
+    best = float(np.nanmin(detectable)) if np.isfinite(detectable).any() else float("nan")
     return [
         Notice(
             "small-gap",
             "warning",
-            f"at {int(small.sum())} of {len(rows)} budgets the difference is below the scatter of one run "
-            f"({float(np.max(noise)):.2g}) or below the smallest that these runs find with 80 % power "
-            f"({float(detectable.min()) if detectable.notna().any() else float('nan'):.2g} at best).",
+            f"at {small.sum()} of {len(rows)} budgets the difference is below the scatter of a run ({noise.max():.2g}) "
+            f"or below the smallest that these runs find with 80 % power ({best:.2g} at best).",
             "train more runs, or pair them; laws.detectable says how many.",
-            {"flops": rows["flops"][small].tolist(), "noise": noise.max() if on_logs else scale},
+            {"flops": flops[small].tolist(), "noise": float(noise.max()), "detectable": best},
         )
     ]

@@ -67,7 +67,7 @@ class Comparison:
         """
         if at not in AT:
             raise BadInput("at", at, f"must be one of {', '.join(AT)}")
-        chosen = self.contrasts[self.contrasts["at"] == at]
+        chosen: Any = self.contrasts[self.contrasts["at"] == at]
         if chosen.empty:
             raise BadInput("at", at, "was not recorded for all arms: compare tables that have the column")
         if arm is not None:
@@ -90,7 +90,9 @@ class Comparison:
         for arm in self.arms:
             table = self.table(arm=arm)
             lines += ["", f"{arm}: compute needed for the optimal loss of {self.reference}, and the loss difference"]
-            lines.append(f"{'C':>10} {'multiplier':>10} {'interval':>19} {'difference':>10} {'interval':>21}  P(better)")
+            lines.append(
+                f"{'C':>10} {'multiplier':>10} {'interval':>19} {'difference':>10} {'interval':>21}  P(better)"
+            )
             for row in table.to_dict("records"):
                 at = lambda name, row=row: row.get(name, np.nan)  # noqa: E731  columns of NaN are left out
                 lines.append(
@@ -146,9 +148,7 @@ class Comparison:
         frames = []
         for name in ("contrasts", "curves", "crossings"):
             stored = document[name]
-            frames.append(
-                pd.DataFrame({c: v if c in LABELS else np.array(v, dtype=float) for c, v in stored.items()})
-            )
+            frames.append(pd.DataFrame({c: v if c in LABELS else np.array(v, dtype=float) for c, v in stored.items()}))
         frames[0]["inside"] = frames[0]["inside"].astype(bool)
         notices = [Notice(**n) for n in document["warnings"]]
         return cls(frames[0], frames[1], frames[2].set_index("arm"), notices, document["record"])
@@ -169,8 +169,11 @@ class ComparisonPlot:
 
     def multiplier(self, ax: Any = None) -> Any:
         """The compute multiplier of each arm against C, with bands; filled points where there is a verdict."""
+        from scalelab import plots
+
         ax = self._bands(ax, "multiplier", "multiplier_lower", "multiplier_upper", 1.0)
         ax.set(yscale="log", ylabel=f"compute for the loss of {self._of.reference} (× C)")
+        plots._plain_log(ax, "y")
         return ax
 
     def difference(self, ax: Any = None) -> Any:

@@ -106,6 +106,6 @@ def _edge(x: np.ndarray, lower: np.ndarray, upper: np.ndarray, root: float, side
         if lower[i] > 0 or upper[i] < 0:
             before, now = (band_at[0], lower[i]) if lower[i] > 0 else (band_at[1], upper[i])
             share = before / (before - now) if before * now < 0 else 0.0
-            return at + share * (x[i] - at)
+            return float(at + share * (x[i] - at))
         at, band_at = x[i], (lower[i], upper[i])
     return side * np.inf

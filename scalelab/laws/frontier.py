@@ -64,7 +64,9 @@ class Arm:
 
 def check(arm: Arm) -> None:
     if arm.law.inputs != ("flops",) and not arm.law.allocates:
-        raise BadInput(f"arm {arm.name}", arm.law.name, "has no optimal loss at a compute: needs params and tokens, or flops")
+        raise BadInput(
+            f"arm {arm.name}", arm.law.name, "has no optimal loss at a compute: needs params and tokens, or flops"
+        )
 
 
 def window(*ranges: np.ndarray) -> Float[np.ndarray, " m"]:
@@ -104,7 +106,11 @@ def crossings(x: Float[np.ndarray, " m"], difference: Float[np.ndarray, " m"]) -
         j = int(np.clip(i - 1, 0, len(x) - 4))
         near = slice(j, j + 4)
         falling = np.sign(difference[i])
-        root = where(np.zeros(1), x[near], falling * difference[near][None])[0] if np.isfinite(difference[near]).all() else np.nan
+        root = (
+            where(np.zeros(1), x[near], falling * difference[near][None])[0]
+            if np.isfinite(difference[near]).all()
+            else np.nan
+        )
         found.append(root if x[i] <= root <= x[i + 1] else _linear(x[i : i + 2], difference[i : i + 2]))
     return np.sort(np.concatenate([found, exact]))
 

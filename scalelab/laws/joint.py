@@ -46,7 +46,7 @@ class Joint(Law):
     def ties(
         self, shared: Sequence[str], fixed: Mapping[str, float], tied: Mapping[str, str]
     ) -> tuple[dict[str, float], dict[str, str]]:
-        """The solver's `fixed` and `tied` for parameters of the form: held and tied in every arm, shared across arms."""
+        """The solver's `fixed` and `tied`: parameters of the form held and tied in every arm, shared across arms."""
         for field, names in (("shared", shared), ("fixed", fixed), ("tied", [*tied, *tied.values()])):
             for name in names:
                 if name not in self.base.parameters:

@@ -151,7 +151,7 @@ def v_optimal(fit: Fit, budget: float, target: float, k: int, cost: Cost = 6.0, 
     seen, ratio = fit.rows.columns["tokens"] / fit.rows.columns["params"], grid["tokens"] / grid["params"]
     within = (ratio >= seen.min() / 2) & (ratio <= seen.max() * 2)
     within.iloc[len(RATIOS) // 2] = True
-    grid = grid[within].reset_index(drop=True)
+    grid = pd.DataFrame(grid[within].reset_index(drop=True))
     problem = fit.law._regression(_extended(fit, grid, others), fit.options)
     theta = problem.internal(fit.estimate[None])[0]
     jacobian = problem.jacobian(theta)
@@ -165,7 +165,7 @@ def v_optimal(fit: Fit, budget: float, target: float, k: int, cost: Cost = 6.0, 
         score = [g @ np.linalg.pinv(information + np.outer(j, j), hermitian=True) @ g for j in new]
         chosen.append(int(np.argmin(score)))
         information = information + np.outer(new[chosen[-1]], new[chosen[-1]])
-    return grid.iloc[chosen].reset_index(drop=True)
+    return pd.DataFrame(grid.iloc[chosen].reset_index(drop=True))
 
 
 # ------------------------------------------------------------------------------------------------ simulation
@@ -205,7 +205,9 @@ def _simulate(
     data = (np.log(value) if fit.options.objective.on == "log" else value) + noise[:, : len(rows)]
     goal = fit.options.objective
     centre = np.broadcast_to(problem.internal(fit.estimate[None]), (len(truths), len(problem.lower)))
-    found = [minimise(problem, start, rows.weights, goal, data=data) for start in (problem.internal(truths.copy()), centre)]
+    found = [
+        minimise(problem, start, rows.weights, goal, data=data) for start in (problem.internal(truths.copy()), centre)
+    ]
     first = found[0].value <= found[1].value
     theta = np.where(first[:, None], found[0].theta, found[1].theta)
     converged = np.where(first, found[0].converged, found[1].converged)
@@ -256,8 +258,8 @@ def _score(
 class Plan:
     """Designs and what to expect of them.
 
-    `table` has a row per design, narrowest first: runs, flops, loss_width (expected width of the interval of the loss at
-    the target), size_factor (of that of N*: its upper over its lower end), relative (loss_width over the
+    `table` has a row per design, narrowest first: runs, flops, loss_width (expected width of the interval of the loss
+    at the target), size_factor (of that of N*: its upper over its lower end), relative (loss_width over the
     compute-optimal run's), each with its Monte-Carlo error `_mc`. `designs` are the runs. `recommended` names one.
     """
 
@@ -279,7 +281,10 @@ class Plan:
             return self.fit.warnings
         message = f"the target lies {decades:.2f} decades above the largest run that there will be."
         remedy = "the widths cover the noise, not a wrong form: aim nearer, or spend more."
-        return [*self.fit.warnings, Notice("far-extrapolation", "warning", message, remedy, {"decades": {"C": decades}})]
+        return [
+            *self.fit.warnings,
+            Notice("far-extrapolation", "warning", message, remedy, {"decades": {"C": decades}}),
+        ]
 
     def runs(self, design: str | None = None) -> list[dict[str, float]]:
         """The runs of a design (the recommended one): params, tokens, flops of each."""
@@ -313,9 +318,9 @@ class Plan:
     def summary(self) -> str:
         """The designs with their widths, and which one is recommended."""
         lines = [
-            f"next runs for {self.budget:.3g} FLOPs, to know {self.fit.law.name} at {self.target:.3g} FLOPs: expected width "
-            f"of the {100 * self.level:g} % interval, {self.n} simulations (± Monte-Carlo error)",
-            f"{'design':>18} {'runs':>5} {'FLOPs':>10} {'loss':>18} {'N* within a factor':>20} {'of compute-optimal':>19}",
+            f"next runs for {self.budget:.3g} FLOPs, to know {self.fit.law.name} at {self.target:.3g} FLOPs: "
+            f"expected width of the {100 * self.level:g} % interval, {self.n} simulations (± Monte-Carlo error)",
+            f"{'design':>18} {'runs':>5} {'FLOPs':>10} {'loss':>18} {'N*, as a factor':>20} {'of compute-optimal':>19}",
         ]
         for name, row in self.table.iterrows():
             lines.append(

@@ -71,7 +71,9 @@ class Density:
         self.law, self.kind, self.on = law, kind, options.objective.on
         form = FormRegression(law, fit.rows.columns, self.on)
         names, specs = list(law.parameters), list(law.parameters.values())
-        problem = Constrained(form, names, specs, options.fixed, options.tied) if options.fixed or options.tied else form
+        problem = (
+            Constrained(form, names, specs, options.fixed, options.tied) if options.fixed or options.tied else form
+        )
         self.names = names
         self.specs: list[Parameter] = specs
         self.free = problem.keep if isinstance(problem, Constrained) else list(range(len(specs)))
@@ -83,7 +85,9 @@ class Density:
         level = 0.0 if self.on == "log" else math.log(float(np.median(np.abs(form.data))))
         self.mean = np.append(search.mean(1), NOISE[0] + level)
         self.sd = np.append(np.ptp(search, axis=1) / 2, NOISE[1])
-        self.lower, self.upper = (np.append(ends, pad) for ends, pad in ((problem.lower, -np.inf), (problem.upper, np.inf)))
+        self.lower, self.upper = (
+            np.append(ends, pad) for ends, pad in ((problem.lower, -np.inf), (problem.upper, np.inf))
+        )
         u = problem.internal(fit.estimate[None])[0]
         residual = problem.model(u[None])[0] - form.data
         sigma = max(float(np.sqrt((residual**2).sum() / max(1, len(residual) - len(u)))), 1e-9 * math.exp(level))
@@ -106,7 +110,10 @@ class Density:
         t = self.location + self.scale @ z
         u, log_sigma = self.spread @ t[:-1] + self.offset, t[-1]
         p = types.SimpleNamespace(
-            **{n: spec.to_p(Traced(u[i].reshape(1, 1))) for i, (n, spec) in enumerate(zip(self.names, self.specs, strict=True))}
+            **{
+                n: spec.to_p(Traced(u[i].reshape(1, 1)))
+                for i, (n, spec) in enumerate(zip(self.names, self.specs, strict=True))
+            }
         )
         value = self.law.formula(p, self.columns)
         model = (np.log(value) if self.on == "log" else value).value
@@ -117,18 +124,25 @@ class Density:
         return jnp.where(inside & jnp.isfinite(total), total, -jnp.inf)
 
 
-def _sample(density: Density, draws: int, warmup: int, chains: int, seed: int) -> tuple[np.ndarray, int, dict[str, Any]]:
+def _sample(
+    density: Density, draws: int, warmup: int, chains: int, seed: int
+) -> tuple[np.ndarray, int, dict[str, Any]]:
     """(chains x draws, P + 1) draws of z, the number of divergences, and R-hat and effective draws per quantity."""
     try:
         import jax
-        import numpyro.diagnostics
-        from numpyro.infer import MCMC, NUTS
+        from numpyro.diagnostics import effective_sample_size, split_gelman_rubin  # type: ignore
+        from numpyro.infer import MCMC, NUTS  # type: ignore
     except ImportError:
         raise FeatureMissing("a posterior", "numpyro", "bayes") from None
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         kernel = NUTS(potential_fn=lambda z: -density.log_density(z), target_accept_prob=0.9)
         sampler = MCMC(
-            kernel, num_warmup=warmup, num_samples=draws, num_chains=chains, chain_method="vectorized", progress_bar=False
+            kernel,
+            num_warmup=warmup,
+            num_samples=draws,
+            num_chains=chains,
+            chain_method="vectorized",
+            progress_bar=False,
         )
         first = 0.5 * np.random.default_rng(seed).standard_normal((chains, len(density.location)))
         first = jax.numpy.asarray(first if chains > 1 else first[0])
@@ -140,8 +154,8 @@ def _sample(density: Density, draws: int, warmup: int, chains: int, seed: int) -
     quantities = [*(density.names[i] for i in density.free), "sigma"]
     diagnostics = {
         name: {
-            "r_hat": float(numpyro.diagnostics.split_gelman_rubin(natural[:, :, i])),
-            "effective": float(numpyro.diagnostics.effective_sample_size(natural[:, :, i])),
+            "r_hat": float(split_gelman_rubin(natural[:, :, i])),
+            "effective": float(effective_sample_size(natural[:, :, i])),
         }
         for i, name in enumerate(quantities)
     }
@@ -174,7 +188,8 @@ class Posterior:
     def warnings(self) -> list[Notice]:
         """What speaks against these draws."""
         found = []
-        worst, fewest = float(self.diagnostics["r_hat"].max()), float(self.diagnostics["effective"].min())
+        worst = float(self.diagnostics["r_hat"].to_numpy().max())
+        fewest = float(self.diagnostics["effective"].to_numpy().min())
         if not (worst <= R_HAT and fewest >= ENOUGH):
             found.append(
                 Notice(
@@ -190,7 +205,7 @@ class Posterior:
                 Notice(
                     "posterior-divergent",
                     "warning",
-                    f"{self.divergences} of {len(self.draws)} transitions diverged: a corner of the posterior was missed.",
+                    f"{self.divergences} of {len(self.draws)} transitions diverged: a corner was missed.",
                     "fix or tie what the data do not determine.",
                     {"divergences": self.divergences},
                 )
@@ -200,7 +215,7 @@ class Posterior:
                 Notice(
                     "dependent-rows",
                     "warning",
-                    f"rows share a {self.bootstrap.rows.cluster}, and the posterior takes them as independent: it is too narrow.",
+                    f"rows share a {self.bootstrap.rows.cluster}, which the posterior takes no account of: too narrow.",
                     "use the cluster bootstrap's interval.",
                 )
             )
@@ -220,9 +235,10 @@ class Posterior:
     def summary(self, level: float = 0.95) -> str:
         """Likelihood, sampler, the table and the findings, as text."""
         r = self.record
+        name = self.bootstrap.law.name
         lines = [
-            f"posterior of {self.bootstrap.law.name}: {self.likelihood} noise, {r['chains']} chains of {r['draws']} draws after "
-            f"{r['warmup']}; R-hat <= {self.diagnostics['r_hat'].max():.3f}, effective draws >= "
+            f"posterior of {name}: {self.likelihood} noise, {r['chains']} chains of {r['draws']} draws "
+            f"after {r['warmup']}; R-hat <= {self.diagnostics['r_hat'].max():.3f}, effective draws >= "
             f"{self.diagnostics['effective'].min():.0f}, {self.divergences} divergences",
             self.table(level).to_string(float_format=lambda v: f"{v:.5g}"),
             f"sigma: {self.draws['sigma'].mean():.4g}",

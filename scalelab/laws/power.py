@@ -1,4 +1,4 @@
-"""What a study can find before it is paid for: the smallest difference between two arms, and the seeds that it takes."""
+"""What a study can find, before it is paid for: the smallest difference between two arms, and the seeds it takes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def detectable(
     Two studies, for each number of seeds s:
       by laws: both arms train this fit's design s times and the fitted laws are compared at C;
       by runs: both arms train s compute-optimal runs at C and their mean losses are compared.
-    A two-sided test at `level` finds a difference of (z((1 + level)/2) + z(power)) sqrt(2 (1 - shared) / s) sigma, where
-    sigma is the standard deviation of one arm's value: of L*(C) over the fit's draws, or of a run about the law.
+    A two-sided test at `level` finds a difference of (z((1 + level)/2) + z(power)) sqrt(2 (1 - shared) / s) sigma,
+    where sigma is the standard deviation of one arm's value: of L*(C) over the fit's draws, or of a run about the law.
 
     Args:
       difference: also give the rows of the seeds that such a difference in loss takes, as `seeds` asks otherwise.
@@ -66,7 +66,9 @@ def detectable(
     if difference is not None:
         if not difference > 0:
             raise BadInput("difference", difference, "must be above 0, in the unit of the loss")
-        needed = {name: max(1, math.ceil((factor * s / difference) ** 2)) for name, s in (("laws", of_law), ("runs", of_run))}
+        needed = {
+            name: max(1, math.ceil((factor * s / difference) ** 2)) for name, s in (("laws", of_law), ("runs", of_run))
+        }
         counts += needed.values()
     s = np.array(sorted(set(counts)))
     table = pd.DataFrame(

@@ -7,7 +7,7 @@ single means to extrapolate a *difference* between arms. Whether they do have it
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from scalelab.laws.law import STARTS, Law
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
 from scalelab.laws.paired import units
-from scalelab.laws.resample import Resamples
+from scalelab.laws.resample import ELEMENTS
 from scalelab.laws.simulate import named
 from scalelab.laws.solver import minimise
 from scalelab.laws.table import Rows, Table
@@ -72,14 +72,18 @@ def fit_shared(
     fixed_in_all, ties = joint.ties(shared, within["fixed"], within["tied"])
     fit = joint.fit(
         frame, columns=columns, bootstrap=bootstrap, cluster="unit" if clustered else None, method=method,
-        stratify="stratum", seed=seed, objective=goal, fixed=fixed_in_all, tied=ties, starts=starts or STARTS, drop=drop,
+        stratify="stratum", seed=seed, objective=goal, fixed=fixed_in_all, tied=ties, starts=starts or STARTS,
+        drop=drop,
     )  # fmt: skip
     about = {"shared": list(shared), "within": within, "pair": None if pair is None else _text(pair)}
     return SharedFit(fit, about)
 
 
 def stack(
-    tables: Mapping[str, Table], pair: str | Sequence[str] | None, cluster: str | None, columns: Mapping[str, str] | None
+    tables: Mapping[str, Table],
+    pair: str | Sequence[str] | None,
+    cluster: str | None,
+    columns: Mapping[str, str] | None,
 ) -> tuple[pd.DataFrame, bool]:
     """All arms in one table, with columns `arm`, `unit` and `stratum`; and whether any unit has several rows."""
     named_by = dict(columns or {})
@@ -128,13 +132,16 @@ class SharedFit(Fit):
     law: Joint
 
     def __init__(self, fit: Fit, about: Mapping[str, Any] | None = None):
+        record = {**fit.record, **(about or {})}
         super().__init__(
-            fit.law, fit.rows, fit.options, fit.estimate, fit.samples, fit._notices, {**fit.record, **(about or {})}, fit._solved
+            fit.law, fit.rows, fit.options, fit.estimate, fit.samples, fit._notices, record, fit._solved
         )  # fmt: skip
         free = self.record["shared"]
         first = self.law.split(self.estimate[None], 0)[0]
         for k in range(1, len(self.arms)):
-            for name, a, b in zip(self.law.base.parameters, first, self.law.split(self.estimate[None], k)[0], strict=True):
+            for name, a, b in zip(
+                self.law.base.parameters, first, self.law.split(self.estimate[None], k)[0], strict=True
+            ):
                 if name in free and not np.isclose(a, b, rtol=1e-6):
                     raise BadInput("shared", name, f"{self.law.name} is fitted in coordinates in which it has no tie")
 
@@ -168,9 +175,11 @@ class SharedFit(Fit):
 
         The statistic is F = ((V_shared - V_free) / q) / (V_free / (n - P)): the rise of the objective V per
         constraint, over the mean objective that the free fit of P parameters leaves. Its null distribution is not
-        taken from a table, which would hold for normal noise and least squares only, but from `draws` data sets in
-        which sharing is true: the shared fit plus the free fit's residuals with random signs (one for a whole pair or
-        cluster), each fitted both ways. p = (1 + number of F* >= F) / (1 + draws).
+        taken from a table, which would hold for least squares only, but from `draws` data sets in which sharing is
+        true, each fitted both ways: the shared fit plus normal noise as strong, and as alike within a pair or cluster,
+        as the free fit's residuals. p = (1 + number of F* >= F) / (1 + draws). (Not those residuals themselves, with
+        random signs or redrawn: an objective like Huber's leaves P of them at zero, and short sweeps then reject far
+        too often.)
 
         A Series: statistic, p_value, p_value_mc (its Monte-Carlo error), constraints, draws. A small p rejects sharing;
         a large one does not prove it, see the arms' own estimates.
@@ -201,17 +210,15 @@ class SharedFit(Fit):
             return (np.maximum(shared - loose, 0.0) / constraints) / ((loose + floor) / max(1, n - P))
 
         observed = float(statistic(np.array(self.record["value"]), best.value.min()))
-        fitted = problem.model(theta[None])[0]
         residual = problem.data - free.model(at[None])[0]
-        resamples = Resamples(rows, draws, seed, 0, "wild", None)
-        null = []
+        fitted = problem.model(theta[None])[0]
         truth = free.internal(self.estimate[None])[0]
-        for _, counts, data in resamples.chunks(fitted, fitted + residual, P):
-            lanes = len(counts)
+        null = []
+        for noise in _alike(residual * np.sqrt(n / max(1, n - P)), rows, draws, seed):
+            data, lanes = fitted + noise, len(noise)
             tied = minimise(problem, np.tile(theta, (lanes, 1)), weights, goal, data=data)
-            loose = minimise(free, np.tile(truth, (lanes, 1)), weights, goal, data=data)
-            again = minimise(free, np.tile(at, (lanes, 1)), weights, goal, data=data)
-            null.append(statistic(tied.value, np.minimum(np.minimum(loose.value, again.value), tied.value)))
+            loose = [minimise(free, np.tile(x, (lanes, 1)), weights, goal, data=data).value for x in (truth, at)]
+            null.append(statistic(tied.value, np.minimum(np.minimum(*loose), tied.value)))
         p = (1 + int((np.concatenate(null) >= observed).sum())) / (1 + draws)
         return pd.Series(
             {
@@ -244,7 +251,7 @@ class SharedFit(Fit):
                         f"{', '.join(self.shared)} are not the same in all arms: F = {test.statistic:.3g} of "
                         f"{test.constraints:.0f} constraints, p = {test.p_value:.3g}.",
                         "share fewer parameters, or compare separate fits.",
-                        {k: float(v) for k, v in test.items()},
+                        {str(k): float(v) for k, v in test.items()},
                     )
                 )
         return super().warnings
@@ -278,6 +285,25 @@ class SharedFit(Fit):
         return super().document() | {"arms": list(self.arms)}
 
 
+def _alike(residual: np.ndarray, rows: Rows, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Chunks (k, n) of normal noise with the residuals' variance and their correlation within clusters."""
+    order, n = rows.order(), len(residual)
+    variance, common = float((residual**2).mean()), 0.0
+    group = np.arange(n) if rows.clusters is None else pd.factorize(rows.clusters[order])[0]
+    size, total, square = (np.bincount(group, w) for w in (None, residual[order], residual[order] ** 2))
+    if (size > 1).any():
+        common = float((total**2 - square).sum() / (size * (size - 1)).sum()) / max(variance, 1e-300)
+        common = min(max(common, 0.0), 1.0)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, ELEMENTS // n)
+    for first in range(0, draws, chunk):
+        k = min(chunk, draws - first)
+        noise = np.empty((k, n))
+        each, shared = rng.standard_normal((k, n)), rng.standard_normal((k, len(size)))[:, group]
+        noise[:, order] = np.sqrt(variance) * (np.sqrt(1 - common) * each + np.sqrt(common) * shared)
+        yield noise
+
+
 class ArmFit(Fit):
     """One arm of a shared fit: the form's parameters, with the draws of the joint fit."""
 
@@ -290,6 +316,7 @@ class ArmFit(Fit):
             "law": joint.base.name,
             "equation": joint.base.equation,
             "rows": len(rows),
+            "rows_in_table": len(rows),
             "free": max(1, round(whole.record["free"] * share)),
             "arm": name,
         }
@@ -316,5 +343,3 @@ class ArmFit(Fit):
     def refit(self, rows: Rows | None = None, *, objective=None, bootstrap=0) -> Fit:
         """The joint fit with other rows in this arm's place."""
         raise BadInput("refit", self.name, "an arm of a shared fit is refitted with the others: fit.whole.refit()")
-
-

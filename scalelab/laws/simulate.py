@@ -74,8 +74,17 @@ def simulate(
 
 
 def residual_noise(fit: Fit, shape: tuple[int, ...], rng: np.random.Generator) -> Float[np.ndarray, "..."]:
-    """Noise as a fit's rows have it, on its objective's scale: residuals about their median, drawn with replacement
-    and stretched by sqrt(n / (n - P)) for the P parameters that they have paid for."""
+    """Noise as a fit's rows have it, on its objective's scale: residuals about their median, drawn with replacement.
+
+    The P smallest, of P fitted parameters, take no part: an objective like Huber's leaves P residuals at zero, and
+    noise with such a spike would seem easier to fit than it is. The others are scaled to the variance
+    sum r^2 / (n - P).
+    """
     residual = fit.resid.to_numpy()
-    n = len(residual)
-    return rng.choice(residual - np.median(residual), size=shape) * np.sqrt(n / max(1, n - fit.record["free"]))
+    residual = residual - np.median(residual)
+    n, P = len(residual), fit.record["free"]
+    if n <= P:
+        raise BadInput("noise", f"{n} rows for {P} parameters", "leave no residuals to draw from: name the noise")
+    pool = residual[np.argsort(np.abs(residual))[P:]]
+    scale = np.sqrt((residual**2).sum() / (n - P) / max(float((pool**2).mean()), 1e-300))
+    return rng.choice(pool, size=shape) * scale
