@@ -264,9 +264,11 @@ def _elsewhere(
         time = our_time(N) * D
         known = np.isfinite(time)
         losses = []
-        for side, rate in ((reference, our_time), (arm, their_time)):
+        for side, seconds in ((reference, our_time), (arm, their_time)):
             loss = np.full(ours.shape, np.nan)
-            loss[:, known] = side.optimum(time[known], rate)[2]
+            if known.any():  # in units in which a budget of time is a number like one of FLOPs
+                unit = float(np.median(budgets[known] / time[known]))
+                loss[:, known] = side.optimum(time[known] * unit, lambda n, s=seconds, u=unit: s(n) * u)[2]
             losses.append(loss)
         if np.isfinite(losses).any():
             out["seconds"] = (losses[0], losses[1])

@@ -80,21 +80,28 @@ def window(*ranges: np.ndarray) -> Float[np.ndarray, " m"]:
 def where(level: Float[np.ndarray, " R"], x: Float[np.ndarray, " m"], y: Float[np.ndarray, "R m"]) -> np.ndarray:
     """The x at which each falling curve y(x) has come down to its level, by cubic inverse interpolation.
 
-    inf: not within the grid; -inf: lower all along it; NaN: the curve or the level is not known.
+    inf: not within the grid; -inf: lower all along it; NaN: the curve is not known there (it may lack its ends).
     """
+    m = len(x)
+    known = np.isfinite(y)
+    first, last = known.argmax(1), m - known[:, ::-1].argmax(1)
+    usable = (last - first == known.sum(1)) & (last - first >= 4) & np.isfinite(level)
+    place = np.arange(m)
+    y = np.where(place < first[:, None], np.inf, np.where(place >= last[:, None], -np.inf, y))
     above = (y > level[:, None]).sum(1)
-    first = np.clip(above - 2, 0, len(x) - 4)[:, None] + np.arange(4)
-    node_y, node_x = np.take_along_axis(y, first, 1) - level[:, None], x[first]
+    nodes = np.clip(above - 2, first, np.maximum(last - 4, first))[:, None] + np.arange(4)
+    nodes = np.minimum(nodes, m - 1)
+    node_y, node_x = np.take_along_axis(y, nodes, 1) - level[:, None], x[nodes]
     found = np.zeros(len(y))
     with np.errstate(all="ignore"):
         for i in range(4):
             others = [j for j in range(4) if j != i]
             found += node_x[:, i] * np.prod([node_y[:, j] / (node_y[:, j] - node_y[:, i]) for j in others], axis=0)
-    left = x[np.clip(above - 1, 0, len(x) - 1)]
-    right = x[np.clip(above, 0, len(x) - 1)]
+    left, right = x[np.clip(above - 1, 0, m - 1)], x[np.clip(above, 0, m - 1)]
     found = np.where(np.isfinite(found), np.clip(found, left, right), 0.5 * (left + right))
-    found = np.where(above == len(x), np.inf, np.where(above == 0, -np.inf, found))
-    return np.where(np.isfinite(y).all(1) & np.isfinite(level), found, np.nan)
+    found = np.where(above <= first, np.where(first == 0, -np.inf, np.nan), found)
+    found = np.where(above >= last, np.where(last == m, np.inf, np.nan), found)
+    return np.where(usable, found, np.nan)
 
 
 def crossings(x: Float[np.ndarray, " m"], difference: Float[np.ndarray, " m"]) -> Float[np.ndarray, " k"]:

@@ -214,7 +214,7 @@ class SharedFit(Fit):
         fitted = problem.model(theta[None])[0]
         truth = free.internal(self.estimate[None])[0]
         null = []
-        for noise in _alike(residual * np.sqrt(n / max(1, n - P)), rows, draws, seed):
+        for noise in _alike(residual, free.jacobian(at), rows, draws, seed):
             data, lanes = fitted + noise, len(noise)
             tied = minimise(problem, np.tile(theta, (lanes, 1)), weights, goal, data=data)
             loose = [minimise(free, np.tile(x, (lanes, 1)), weights, goal, data=data).value for x in (truth, at)]
@@ -285,22 +285,35 @@ class SharedFit(Fit):
         return super().document() | {"arms": list(self.arms)}
 
 
-def _alike(residual: np.ndarray, rows: Rows, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Chunks (k, n) of normal noise with the residuals' variance and their correlation within clusters."""
+def _alike(residual: np.ndarray, jacobian: np.ndarray, rows: Rows, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Chunks (k, n) of normal noise: a variance of each row's own, and one that the rows of a cluster have in common.
+
+    The two are those whose expected sums of squares, over rows and of cluster totals, are the residuals': the fit has
+    taken its share of both out of them (least squares' share: r = M noise with M = 1 - J (J'J)^-1 J').
+    """
     order, n = rows.order(), len(residual)
-    variance, common = float((residual**2).mean()), 0.0
+    r, J = residual[order], jacobian[order]
     group = np.arange(n) if rows.clusters is None else pd.factorize(rows.clusters[order])[0]
-    size, total, square = (np.bincount(group, w) for w in (None, residual[order], residual[order] ** 2))
+    size, total = np.bincount(group), np.bincount(group, r)
+    left = max(1, n - J.shape[1])
+    own, common = float(r @ r) / left, 0.0
     if (size > 1).any():
-        common = float((total**2 - square).sum() / (size * (size - 1)).sum()) / max(variance, 1e-300)
-        common = min(max(common, 0.0), 1.0)
+        sums = np.zeros((len(size), J.shape[1]))
+        np.add.at(sums, group, J)
+        K = np.linalg.pinv(J.T @ J, hermitian=True)
+        S = sums.T @ sums
+        once = n - np.trace(K @ S)
+        twice = (size**2).sum() - 2 * np.einsum("c,ci,ij,cj->", size, sums, K, sums) + np.trace(K @ S @ K @ S)
+        own, common = np.linalg.lstsq(np.array([[left, once], [once, twice]]), [r @ r, total @ total], rcond=None)[0]
+        if own < 0 or common < 0:  # one of the two explains it all
+            own, common = (0.0, float(total @ total) / twice) if own < 0 else (float(r @ r) / left, 0.0)
     rng = np.random.default_rng(seed)
     chunk = max(1, ELEMENTS // n)
     for first in range(0, draws, chunk):
         k = min(chunk, draws - first)
         noise = np.empty((k, n))
         each, shared = rng.standard_normal((k, n)), rng.standard_normal((k, len(size)))[:, group]
-        noise[:, order] = np.sqrt(variance) * (np.sqrt(1 - common) * each + np.sqrt(common) * shared)
+        noise[:, order] = np.sqrt(own) * each + np.sqrt(common) * shared
         yield noise
 
 

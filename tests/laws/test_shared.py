@@ -10,7 +10,7 @@ from scalelab.errors import BadInput
 from scalelab.laws.jet import Jet
 from scalelab.laws.joint import Joint
 from scalelab.laws.objective import LOG_SQUARES, SQUARES
-from scalelab.laws.shared import SharedFit, fit_shared
+from scalelab.laws.shared import SharedFit, _alike, fit_shared
 
 OTHER = {**TRUTH, "A": 330.0, "alpha": 0.33}  # E, B and beta in common
 BUDGETS = np.geomspace(1e18, 1e20, 5)
@@ -77,7 +77,7 @@ def test_derivatives_of_the_joint_problem():
     problem = joint.problem(columns, "log")
     theta = problem.internal(np.array([[*TRUTH.values(), *OTHER.values()]]))
     weights = np.linspace(0.5, 2, len(frame))[None]
-    value, gradient, hessian, _ = problem.evaluate(theta, weights, LOG_SQUARES)
+    _, gradient, hessian, _ = problem.evaluate(theta, weights, LOG_SQUARES)
     step = 1e-5
     for i in range(10):
         e = step * np.eye(10)[[i]]
@@ -156,6 +156,22 @@ def test_false_alarms_of_the_sharing_test(objective, noise):
             drawn[name] = table.assign(loss=table["loss"] * np.exp(0.005 * e))
         alarms += fit_shared(drawn, bootstrap=0, objective=objective).sharing(draws=99).p_value <= 0.05
     assert alarms <= worlds * 0.05 + 2.5 * np.sqrt(worlds * 0.05 * 0.95)
+
+
+def test_noise_under_sharing_is_like_the_residuals():
+    """Planted row and cluster variances come back from residuals that a fit has taken its share of."""
+    rng = np.random.default_rng(0)
+    n, J = 120, rng.standard_normal((120, 10))
+    M = np.eye(n) - J @ np.linalg.pinv(J)
+    table = sweep(np.geomspace(1e18, 1e20, 10), 12).assign(run=np.repeat(np.arange(30), 4))
+    rows = laws.fit("chinchilla", table, bootstrap=0).rows
+    found = []
+    for _ in range(30):
+        noise = 0.5 * rng.standard_normal(n) + 1.5 * np.repeat(rng.standard_normal(30), 4)
+        (drawn,) = _alike(M @ noise, J, rows, 400, 0)
+        within = drawn.reshape(400, 30, 4)
+        found.append([within.var(axis=2, ddof=1).mean(), np.mean(within[:, :, 0] * within[:, :, 1])])
+    np.testing.assert_allclose(np.mean(found, axis=0), [0.25, 2.25], rtol=0.15)
 
 
 @pytest.mark.slow
