@@ -139,12 +139,7 @@ def search(
         D = budget / (per_token(cost, N) if callable(cost) else float(cost) * N)
         flat = {law.paid: N.reshape(-1), "tokens": D.reshape(-1)}
         flat |= {role: np.full(N.size, float(value)) for role, value in others.items()}
-        # each draw is evaluated at its own points: one row of columns per draw
-        value = np.empty(N.shape)
-        k = N.shape[1]
-        for r in range(R):
-            part = {role: v[r * k : (r + 1) * k] for role, v in flat.items()}
-            value[r] = law.evaluate(params[[r]], part)[0]
+        value = law.evaluate_each(np.repeat(params, N.shape[1], axis=0), flat).reshape(N.shape)
         return D, value
 
     golden = (np.sqrt(5) - 1) / 2

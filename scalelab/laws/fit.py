@@ -22,6 +22,7 @@ from scalelab.laws.table import Rows, Table, inputs_of
 
 if TYPE_CHECKING:
     from scalelab.laws.law import Law
+    from scalelab.laws.posterior import Posterior
     from scalelab.laws.regression import Regression
     from scalelab.laws.validate import Holdout
 
@@ -226,6 +227,12 @@ class Fit(Result):
         if cut not in self._holdouts:
             self._holdouts[cut] = validate.holdout(self, cut)
         return self._holdouts[cut]
+
+    def posterior(self, draws: int = 1000, **options: Any) -> Posterior:
+        """The Bayesian posterior, to stand beside the bootstrap; see `laws.posterior`. Needs the extra `bayes`."""
+        from scalelab.laws.posterior import posterior
+
+        return posterior(self, draws, **options)
 
     # ---------------------------------------------------------------------------------------- text
 

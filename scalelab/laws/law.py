@@ -94,6 +94,16 @@ class Law:
         rows = len(next(iter(columns.values())))
         return np.broadcast_to(value, (len(params), rows)) * 1.0
 
+    def evaluate_each(
+        self, params: Float[np.ndarray, "n P"], columns: Mapping[str, np.ndarray]
+    ) -> Float[np.ndarray, " n"]:
+        """The target at n inputs, each with its own parameter vector."""
+        x = types.SimpleNamespace(**self.columns_of(columns))
+        p = types.SimpleNamespace(**{name: params[None, :, i] for i, name in enumerate(self.parameters)})
+        with np.errstate(all="ignore"):
+            value = self.formula(p, x)
+        return np.broadcast_to(value, (1, len(params)))[0] * 1.0
+
     def predict(self, constants: str | Mapping[str, float], table: Table) -> pd.Series:
         """The target at a table's inputs under given constants: a name in `published`, or parameter -> value.
 
@@ -195,14 +205,17 @@ class Law:
         return self.fit_rows(rows, options, bootstrap, about)
 
     def fit_rows(
-        self, rows: Rows, options: Options, bootstrap: int | np.ndarray = 0, about: Mapping[str, Any] | None = None,
-        near: Float[np.ndarray, " P"] | None = None,
+        self, rows: Rows, options: Options, bootstrap: int | np.ndarray | Resamples = 0,
+        about: Mapping[str, Any] | None = None, near: Float[np.ndarray, " P"] | None = None,
     ) -> Fit:  # fmt: skip
-        """Fit rows that are prepared already. `near`: parameters to start from too, as those of a kindred fit."""
+        """Fit rows that are prepared already. `near`: parameters to start from too, as those of a kindred fit.
+        `bootstrap` may be resamples drawn elsewhere (for several laws at once)."""
         free = len(self.parameters) - len(options.fixed) - len(options.tied)
         checks.enough_rows(rows, self, free)
         problem = self._regression(rows, options)
-        resamples = Resamples(rows, bootstrap, options.seed, free, options.method, rows.strata)
+        resamples = bootstrap
+        if not isinstance(resamples, Resamples):
+            resamples = Resamples(rows, resamples, options.seed, free, options.method, rows.strata)
         goal = options.objective
         starts = problem.starts(rows.weights, goal, options.starts)
         if near is not None:

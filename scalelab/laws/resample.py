@@ -114,14 +114,18 @@ class Resamples:
 
     def _pairs(self, rng: np.random.Generator, again: np.random.Generator, k: int) -> np.ndarray:
         counts = self._tally(rng, k)
-        wanting = np.flatnonzero((counts > 0).sum(1) < self.distinct)
+        wanting = np.flatnonzero(self.wanting(counts))
         for _ in range(ROUNDS):  # a draw with too few different rows cannot be fitted: it is drawn again
             if not len(wanting):
                 break
             self.redrawn += len(wanting)
             counts[wanting] = self._tally(again, len(wanting))
-            wanting = wanting[(counts[wanting] > 0).sum(1) < self.distinct]
+            wanting = wanting[self.wanting(counts[wanting])]
         return counts
+
+    def wanting(self, counts: Float[np.ndarray, "k n"]) -> np.ndarray:
+        """Which draws have too few different rows to be fitted."""
+        return (counts > 0).sum(1) < self.distinct
 
     def _tally(self, rng: np.random.Generator, k: int) -> np.ndarray:
         tally = np.zeros((k, self.groups))

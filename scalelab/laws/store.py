@@ -12,15 +12,18 @@ import numpy as np
 import pandas as pd
 
 from scalelab.errors import BadInput
+from scalelab.laws.comparison import Comparison
 from scalelab.laws.envelope import EnvelopeFit
 from scalelab.laws.fit import Fit, Options
 from scalelab.laws.isoflop import IsoflopFit
+from scalelab.laws.joint import Joint
 from scalelab.laws.law import Law
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
 from scalelab.laws.optimum import LrOptimum
 from scalelab.laws.passk import BetaTail
 from scalelab.laws.result import SCHEMA, Result
+from scalelab.laws.shared import SharedFit
 from scalelab.laws.table import LABELS, Rows
 
 # fits that are no law's
@@ -44,6 +47,8 @@ def load(path: str | os.PathLike[str], known: Mapping[str, Callable[..., Law]], 
         raise BadInput("fit file", str(path), "is not a fit saved by scalelab") from None
     if schema > SCHEMA:
         raise BadInput(f"{path.name}: schema", schema, f"this scalelab reads up to {SCHEMA}; upgrade it")
+    if kind == "comparison":
+        return Comparison.restore(document)
     names = tuple(document["params"])
     common = (
         array(list(document["params"].values())),
@@ -60,6 +65,8 @@ def load(path: str | os.PathLike[str], known: Mapping[str, Callable[..., Law]], 
             remedy = f"is none of {', '.join(sorted(known))}; for a law of your own: laws.load(path, law=...)"
             raise BadInput(f"{path.name}: law", name, remedy)
         law = law or known[name](**document.get("arguments", {}))
+        if kind == "shared":
+            law = Joint(law, document["arms"])
         if (law.name, tuple(law.parameters)) != (name, names):
             raise BadInput(f"{path.name}: law", f"{name} of {', '.join(names)}", f"is not the law given, {law.name}")
         record = common[3]
@@ -69,6 +76,8 @@ def load(path: str | os.PathLike[str], known: Mapping[str, Callable[..., Law]], 
             options = Options(Objective("huber", "log", record["delta"]), seed=record["seed"])
             record |= {"free": len(names), "agreeing": round(record["agreement"] * record["starts"])}
         fit = Fit(law, _rows(document["rows"]), options, *common)
+        if kind == "shared":
+            fit = SharedFit(fit)
         fit._examined = fit._studied = True  # its findings are in the file
     return fit
 

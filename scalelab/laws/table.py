@@ -21,7 +21,7 @@ from scalelab.laws.notices import Notice, name_rows
 # which is RunRecord's, unless `columns=` says otherwise.
 NUMBERS = (
     "params", "params_non_embedding", "tokens", "loss", "flops", "loss_se", "unique_tokens", "lr", "batch_tokens",
-    "seq_len", "vocab_size", "step", "steps",
+    "seq_len", "vocab_size", "step", "steps", "seconds",
 )  # fmt: skip
 LABELS = ("status", "seed", "id", "family", "run", "data_seed", "schedule", "tokenizer", "eval_set", "params_kind")
 
