@@ -70,20 +70,26 @@ class PowerSum(Regression):
         return self.shares(theta)[0]
 
     def shares(self, theta: Float[np.ndarray, "S P"]) -> tuple[Float[np.ndarray, "S n"], list[np.ndarray]]:
-        """ln of the model, and each term's share of it (floor first)."""
+        """ln of the model, and each term's share of it (floor first).
+
+        Terms are taken relative to the floor, which the box of theta keeps from overflowing.
+        """
         K = self.terms
-        logs = [np.broadcast_to(theta[:, :1], (len(theta), self.rows))]
-        logs += [theta[:, 1 + k, None] - theta[:, 1 + K + k, None] * self.x[k] for k in range(K)]
-        top = logs[0]
-        for u in logs[1:]:
-            top = np.maximum(top, u)
-        parts = [np.exp(u - top) for u in logs]
-        total = parts[0].copy()
-        for p in parts[1:]:
-            total += p
-        for p in parts:
-            p /= total
-        return top + np.log(total), parts
+        relative = theta[:, 1 : K + 1] - theta[:, :1]
+        p = []
+        for k in range(K):
+            u = theta[:, 1 + K + k, None] * self.x[k]
+            np.subtract(relative[:, k, None], u, out=u)
+            p.append(np.exp(u, out=u))
+        total = 1.0 + p[0]
+        for q in p[1:]:
+            total += q
+        floor = 1.0 / total
+        for q in p:
+            q *= floor
+        model = np.log(total, out=total)
+        model += theta[:, :1]
+        return model, [floor, *p]
 
     # ---------------------------------------------------------------------------------------- derivatives
 
@@ -92,36 +98,41 @@ class PowerSum(Regression):
         d2z = sum_k p_k c_k c_k' - dz dz'; so every entry of the Hessian is a sum over rows of a product of shares
         times a monomial in the columns, which one matrix product per pair of terms gives."""
         K = self.terms
-        model, p = self.shares(theta)
-        residual = model - (self.data if data is None else data)
-        loss, slope, bend, robust = objective.rho(residual)
-        value = (weights * loss).sum(-1)
-        push = weights * slope
-        bend = weights * bend - push
+        residual, p = self.shares(theta)
+        residual -= self.data if data is None else data
+        loss, push, bend, robust = objective.rho(residual)
+        value = np.vecdot(weights, loss)
+        push = weights * push
+        bend = weights * bend
+        bend -= push
         robust = weights * robust
 
         P = 2 * K + 1
         gradient, metric = np.empty((len(theta), P)), np.empty((len(theta), P))
         hessian = np.empty((len(theta), P, P))
-        pushed = [push * q for q in p]
-        bent = [bend * q for q in p]
-        gradient[:, 0] = pushed[0].sum(-1)
-        hessian[:, 0, 0] = (bent[0] * p[0]).sum(-1) + gradient[:, 0]
-        metric[:, 0] = (robust * p[0] ** 2).sum(-1)
+        gradient[:, 0] = np.vecdot(push, p[0])
+        bent = bend * p[0]
+        hessian[:, 0, 0] = np.vecdot(bent, p[0]) + gradient[:, 0]
+        metric[:, 0] = np.vecdot(robust * p[0], p[0])
         for k in range(K):
             c, g = 1 + k, 1 + K + k
-            first = pushed[1 + k] @ self._features[k, k][:, :2]
-            gradient[:, c], gradient[:, g] = first[:, 0], -first[:, 1]
-            weight = (robust * p[1 + k] ** 2) @ self._features[k, k][:, ::3]
-            metric[:, c], metric[:, g] = weight[:, 0], weight[:, 1]
-            floor = (bent[0] * p[1 + k]) @ self._features[k, k][:, :2]
+            floor = (bent * p[1 + k]) @ self._features[k, k][:, :2]
             hessian[:, 0, c] = hessian[:, c, 0] = floor[:, 0]
             hessian[:, 0, g] = hessian[:, g, 0] = -floor[:, 1]
+        for k in range(K):
+            c, g = 1 + k, 1 + K + k
+            pushed, bent = push * p[1 + k], bend * p[1 + k]
+            first = pushed @ self._features[k, k][:, :2]
+            gradient[:, c], gradient[:, g] = first[:, 0], -first[:, 1]
+            weight = robust * p[1 + k]
+            weight *= p[1 + k]
+            weight = weight @ self._features[k, k][:, ::3]
+            metric[:, c], metric[:, g] = weight[:, 0], weight[:, 1]
             for l in range(k + 1):
                 d, h = 1 + l, 1 + K + l
-                pair = bent[1 + k] * p[1 + l]
+                pair = bent * p[1 + l]
                 if k == l:
-                    pair += pushed[1 + k]
+                    pair += pushed
                 s = pair @ self._features[k, l]
                 hessian[:, c, d] = hessian[:, d, c] = s[:, 0]
                 hessian[:, g, d] = hessian[:, d, g] = -s[:, 1]

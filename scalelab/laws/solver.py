@@ -22,6 +22,7 @@ from scalelab.laws.regression import Regression
 TOLERANCE = 1e-13
 # A residual this small, relative to the data, is rounding: the objective of a perfect fit is never asked to fall below.
 ROUNDING = 1e-14
+DAMPING = 1e-3
 LANE_ELEMENTS = 1 << 14  # lanes x rows that are worked on at once: the arrays stay in the second-level cache
 
 
@@ -52,84 +53,114 @@ def minimise(
     """
     theta = np.clip(np.array(theta, dtype=np.float64, ndmin=2), problem.lower, problem.upper)
     weights = np.broadcast_to(np.asarray(weights, dtype=np.float64), (len(theta), problem.rows))
-    lanes = max(1, LANE_ELEMENTS // max(1, problem.rows))
-    parts = [
-        _newton(
-            problem,
-            theta[i : i + lanes],
-            weights[i : i + lanes],
-            objective,
-            None if data is None else data[i : i + lanes],
-            tolerance,
-            max_iterations,
-        )
-        for i in range(0, len(theta), lanes)
-    ]
-    return Solution(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Solution)))
+    return _newton(problem, theta, weights, objective, data, tolerance, max_iterations)
 
 
-def _newton(problem: Regression, theta, weights, objective, data, tolerance, max_iterations) -> Solution:
-    size = len(theta)
-    out = Solution(theta.copy(), np.full(size, np.inf), np.zeros(size, bool), np.zeros(size, int))
-    lane = np.arange(size)  # where each working lane reports to
-    value, gradient, hessian, metric = problem.evaluate(theta, weights, objective, data)
-    damping = np.full(size, 1e-3)
+def _newton(problem: Regression, start, weights, objective, data, tolerance, max_iterations) -> Solution:
+    size, P = start.shape
+    out = Solution(start.copy(), np.full(size, np.inf), np.zeros(size, bool), np.zeros(size, int))
     smallest = 0.5 * (ROUNDING * max(1.0, float(np.abs(problem.data).max()))) ** 2
-    for iteration in range(max_iterations + 1):
+    room = min(size, max(1, LANE_ELEMENTS // max(1, problem.rows)))
+    lane = np.arange(room)  # the lane that each place works on; the next lanes take the places of those that leave
+    following = room
+    w, d = weights[lane], None if data is None else data[lane]
+    floor = smallest * w.sum(axis=1)
+    theta, trial = start[lane], start[lane]
+    value, gradient = np.full(room, np.inf), np.zeros((room, P))
+    hessian, metric = np.zeros((room, P, P)), np.ones((room, P))
+    damping, predicted, age = np.full(room, DAMPING), np.ones(room), np.zeros(room, int)
+    while len(lane):
+        new = problem.evaluate(trial, w, objective, d)
+        good = (new[0] < value) & (predicted > 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gain = np.where(good, (value - new[0]) / predicted, 0.0)
+        # Gain ratio near 1: the model is right, trust it further; small: shorten the step (Levenberg, Marquardt).
+        damping = np.maximum(damping * np.where(gain > 0.75, 0.2, np.where(gain > 0.2, 1.0, 4.0)), 1e-12)
+        damping[age == 0] = DAMPING
+        theta[good] = trial[good]
+        for old, fresh in zip((value, gradient, hessian, metric), new, strict=True):
+            old[good] = fresh[good]
         step, promise = _step(problem, theta, gradient, hessian, metric, damping)
-        floor = smallest * weights.sum(axis=1)
-        done = promise <= tolerance * (value + floor) + floor
-        done &= np.isfinite(value)
-        stuck = (damping > 1e15) | ~np.isfinite(value)
-        if iteration == max_iterations:
-            stuck[:] = True
-        leaving = done | stuck
-        if leaving.any():
-            out.theta[lane[leaving]] = theta[leaving]
-            out.value[lane[leaving]] = value[leaving]
-            out.converged[lane[leaving]] = done[leaving]
-            out.iterations[lane[leaving]] = iteration
-            if leaving.all():
-                break
-            stay = ~leaving
-            lane, theta, weights, value, gradient, hessian, metric, damping, step = (
-                a[stay] for a in (lane, theta, weights, value, gradient, hessian, metric, damping, step)
-            )
-            data = None if data is None else data[stay]
+        done = (promise <= tolerance * (value + floor) + floor) & np.isfinite(value)
+        leaving = done | (damping > 1e15) | ~np.isfinite(value) | (age >= max_iterations)
         trial = np.clip(theta + step, problem.lower, problem.upper)
         step = trial - theta
         predicted = -((gradient * step).sum(-1) + 0.5 * np.einsum("si,sij,sj->s", step, hessian, step))
-        new = problem.evaluate(trial, weights, objective, data)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            gain = (value - new[0]) / predicted
-        good = (new[0] < value) & (predicted > 0)
-        # Gain ratio near 1: the model is right, trust it further; small: shorten the step (Levenberg, Marquardt).
-        damping = np.where(good & (gain > 0.75), damping * 0.2, np.where(good & (gain > 0.2), damping, damping * 4))
-        damping = np.maximum(damping, 1e-12)
-        theta = np.where(good[:, None], trial, theta)
-        value, gradient, hessian, metric = (
-            np.where(good.reshape(-1, *(1,) * (old.ndim - 1)), fresh, old)
-            for fresh, old in zip(new, (value, gradient, hessian, metric), strict=True)
-        )
+        age += 1
+        if not leaving.any():
+            continue
+        places = np.flatnonzero(leaving)
+        out.theta[lane[places]] = theta[places]
+        out.value[lane[places]] = value[places]
+        out.converged[lane[places]] = done[places]
+        out.iterations[lane[places]] = age[places] - 1
+        fresh = np.arange(following, min(following + len(places), size))
+        following += len(fresh)
+        filled, empty = places[: len(fresh)], places[len(fresh) :]
+        if len(fresh):
+            lane[filled], trial[filled], w[filled] = fresh, start[fresh], weights[fresh]
+            if d is not None:
+                d[filled] = data[fresh]
+            floor[filled] = smallest * w[filled].sum(axis=1)
+            value[filled], predicted[filled], damping[filled], age[filled] = np.inf, 1.0, DAMPING, 0
+        if len(empty):
+            stay = np.ones(len(lane), bool)
+            stay[empty] = False
+            lane, w, floor, theta, trial, value, gradient, hessian, metric, damping, predicted, age = (
+                a[stay]
+                for a in (lane, w, floor, theta, trial, value, gradient, hessian, metric, damping, predicted, age)
+            )
+            d = None if d is None else d[stay]
     return out
 
 
 def _step(problem, theta, gradient, hessian, metric, damping):
     """The damped Newton step, and what the undamped one promises: half the squared Newton decrement.
 
-    Eigenvalues enter by magnitude, so that the step goes downhill where the objective curves the other way.
+    Where the objective curves downwards, eigenvalues enter by magnitude, so that the step still goes downhill.
     Parameters that sit on a bound and are pushed against it are held.
     """
-    held = ((theta <= problem.lower) & (gradient > 0)) | ((theta >= problem.upper) & (gradient < 0))
+    S, P = theta.shape
     scale = 1.0 / np.sqrt(np.maximum(metric, 1e-300))
-    slope = np.where(held, 0.0, gradient * scale)
+    slope = gradient * scale
     scaled = hessian * scale[:, :, None] * scale[:, None, :]
-    scaled = np.where(held[:, :, None] | held[:, None, :], 0.0, scaled)
-    scaled[:, np.arange(theta.shape[1]), np.arange(theta.shape[1])] += held
-    curvature, basis = np.linalg.eigh(scaled)
-    curvature = np.maximum(np.abs(curvature), 1e-12)
-    along = np.einsum("sij,si->sj", basis, slope)
-    promise = 0.5 * (along**2 / curvature).sum(-1)
-    step = -scale * np.einsum("sij,sj->si", basis, along / (curvature + damping[:, None]))
+    held = ((theta <= problem.lower) & (gradient > 0)) | ((theta >= problem.upper) & (gradient < 0))
+    if held.any():
+        slope[held] = 0.0
+        scaled[held[:, :, None] | held[:, None, :]] = 0.0
+        scaled[:, np.arange(P), np.arange(P)] += held
+    # Both systems of all lanes at once: undamped for the promise, damped for the step.
+    systems = np.empty((P, P, 2, S))
+    systems[:] = scaled.transpose(1, 2, 0)[:, :, None]
+    systems[np.arange(P), np.arange(P), 1] += damping
+    solution, pivots = _solve(systems.reshape(P, P, 2 * S), np.tile(slope.T, 2))
+    solution = solution.reshape(P, 2, S)
+    promise, step = 0.5 * (slope.T * solution[:, 0]).sum(0), -solution[:, 1].T
+    bent = np.flatnonzero(~(pivots.reshape(P, 2, S)[:, 0] > 1e-10).all(0))
+    if len(bent):
+        curvature, basis = np.linalg.eigh(scaled[bent])
+        curvature = np.maximum(np.abs(curvature), 1e-12)
+        along = np.einsum("sij,si->sj", basis, slope[bent])
+        promise[bent] = 0.5 * (along**2 / curvature).sum(-1)
+        step[bent] = -np.einsum("sij,sj->si", basis, along / (curvature + damping[bent, None]))
+    step *= scale
     longest = np.abs(step).max(axis=-1, keepdims=True)
     return step * np.minimum(1.0, 1.0 / np.maximum(longest, 1e-300)), promise
+
+
+def _solve(a: Float[np.ndarray, "P P S"], b: Float[np.ndarray, "P S"]) -> tuple[np.ndarray, np.ndarray]:
+    """a x = b for S symmetric systems at once by elimination, and the pivots: all positive where a is definite.
+
+    Lanes lie along the last axis, so that a P x P factorisation is P passes over arrays and no loop over lanes.
+    """
+    P = len(b)
+    with np.errstate(all="ignore"):
+        for j in range(P - 1):
+            ratio = a[j + 1 :, j] / a[j, j]
+            a[j + 1 :, j + 1 :] -= ratio[:, None] * a[j, None, j + 1 :]
+            b[j + 1 :] -= ratio * b[j]
+        pivots = a[np.arange(P), np.arange(P)]
+        for j in range(P - 1, -1, -1):
+            b[j] /= pivots[j]
+            b[:j] -= a[:j, j] * b[j]
+    return b, pivots
