@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from scalelab.laws.regression import Regression
+from scalelab.laws.solver import eliminate
 
 EXPONENTS = (1e-3, 4.0)  # what a fitted exponent may be
 LOG_TERM = (-35.0, 5.0)  # a term at the centre of the data, relative to the geometric mean of the loss
@@ -41,6 +42,10 @@ class PowerSum(Regression):
         for k, centre in enumerate(self.centres):
             self.to_units[1 + k, 1 + self.terms + k] = centre
         one = np.ones(self.rows)
+        self._relative = np.zeros((self.terms, 2 * self.terms + 1, self.rows))  # theta -> ln of a term over the floor
+        for k, x in enumerate(self.x):
+            self._relative[k, 0], self._relative[k, 1 + k], self._relative[k, 1 + self.terms + k] = -one, one, -x
+        self._squares = [np.stack([one, x * x], axis=1) for x in self.x]
         self._features = {
             (k, l): np.stack([one, self.x[k], self.x[l], self.x[k] * self.x[l]], axis=1)
             for k in range(self.terms)
@@ -75,11 +80,9 @@ class PowerSum(Regression):
         Terms are taken relative to the floor, which the box of theta keeps from overflowing.
         """
         K = self.terms
-        relative = theta[:, 1 : K + 1] - theta[:, :1]
         p = []
         for k in range(K):
-            u = theta[:, 1 + K + k, None] * self.x[k]
-            np.subtract(relative[:, k, None], u, out=u)
+            u = theta @ self._relative[k]
             p.append(np.exp(u, out=u))
         total = 1.0 + p[0]
         for q in p[1:]:
@@ -126,7 +129,7 @@ class PowerSum(Regression):
             gradient[:, c], gradient[:, g] = first[:, 0], -first[:, 1]
             weight = robust * p[1 + k]
             weight *= p[1 + k]
-            weight = weight @ self._features[k, k][:, ::3]
+            weight = weight @ self._squares[k]
             metric[:, c], metric[:, g] = weight[:, 0], weight[:, 1]
             for l in range(k + 1):
                 d, h = 1 + l, 1 + K + l
@@ -166,32 +169,27 @@ class PowerSum(Regression):
         K, G, R = self.terms, len(grid), len(weights)
         relative = np.exp(self.level - self.data)
         basis = [np.exp(-grid[:, None] * x) * relative for x in self.x]  # (G, n): X_k^-gamma / L
-        square = weights * relative**2
-        index = np.stack(np.meshgrid(*[np.arange(G)] * K, indexing="ij"), -1).reshape(-1, K)  # (G^K, K)
-        gram = np.empty((R, len(index), K + 1, K + 1))
-        right = np.empty((R, len(index), K + 1))
-        gram[..., 0, 0] = square.sum(-1)[:, None]
-        right[..., 0] = (weights @ relative)[:, None]
+        index = np.indices((G,) * K).reshape(K, -1)  # (K, G^K)
+        shape = (index.shape[1], R)
+        gram, right = np.empty((K + 1, K + 1, *shape)), np.empty((K + 1, *shape))
+        gram[0, 0] = relative**2 @ weights.T
+        right[0] = relative @ weights.T
         for k in range(K):
-            with_floor = (weights * relative) @ basis[k].T
-            gram[..., 0, k + 1] = gram[..., k + 1, 0] = with_floor[:, index[:, k]]
-            right[..., k + 1] = (weights @ basis[k].T)[:, index[:, k]]
-            gram[..., k + 1, k + 1] = (weights @ (basis[k] ** 2).T)[:, index[:, k]]
+            gram[0, k + 1] = gram[k + 1, 0] = ((basis[k] * relative) @ weights.T)[index[k]]
+            right[k + 1] = (basis[k] @ weights.T)[index[k]]
+            gram[k + 1, k + 1] = (basis[k] ** 2 @ weights.T)[index[k]]
             for l in range(k):
                 products = (basis[k][:, None] * basis[l][None]).reshape(G * G, -1)
-                both = (weights @ products.T).reshape(R, G, G)
-                gram[..., k + 1, l + 1] = gram[..., l + 1, k + 1] = both[:, index[:, k], index[:, l]]
-        size = np.sqrt(np.einsum("...ii->...i", gram))
-        scaled = gram / (size[..., :, None] * size[..., None, :]) + 1e-12 * np.eye(K + 1)
-        coefficient = np.linalg.solve(scaled, (right / size)[..., None])[..., 0] / size
+                gram[k + 1, l + 1] = gram[l + 1, k + 1] = (products @ weights.T)[index[k] * G + index[l]]
+        size = np.sqrt(np.einsum("ii...->i...", gram))
+        scaled = gram / (size[:, None] * size)
+        scaled[np.arange(K + 1), np.arange(K + 1)] += 1e-12
+        coefficient = eliminate(scaled, right / size)[0] / size
         # Coefficients are in units of the mean loss; a negative one restarts as a small positive term.
-        coefficient = np.maximum(coefficient, 1e-3)
-        score = np.einsum("...i,...ij,...j->...", coefficient, gram, coefficient) - 2 * (coefficient * right).sum(-1)
-        gamma = grid[index]
-        block = (index * blocks // G) @ (blocks ** np.arange(K))
-        best = np.stack(
-            [np.where(block == b, score, np.inf).argmin(-1) for b in range(blocks**K)], axis=-1
-        )  # (R, blocks^K)
-        best = np.take_along_axis(best, np.take_along_axis(score, best, 1).argsort(1), 1)
-        chosen = np.take_along_axis(coefficient, best[..., None], 1)
-        return np.concatenate([np.log(chosen) + self.level, gamma[best]], axis=-1)
+        coefficient = np.fmax(coefficient, 1e-3)
+        score = (coefficient * ((gram * coefficient).sum(1) - 2 * right)).sum(0)  # (G^K, R)
+        block = (blocks ** np.arange(K)) @ (index * blocks // G)
+        best = np.stack([np.where(block[:, None] == b, score, np.inf).argmin(0) for b in range(blocks**K)])
+        best = np.take_along_axis(best, np.take_along_axis(score, best, 0).argsort(0), 0)  # (S, R)
+        chosen = np.take_along_axis(coefficient, best[None], 1)  # (K + 1, S, R)
+        return np.concatenate([np.log(chosen) + self.level, grid[index[:, best]]]).T

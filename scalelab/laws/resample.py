@@ -96,9 +96,7 @@ class Resamples:
             part = slice(start, min(start + size, self.draws))
             k = part.stop - part.start
             if self.indices is not None:
-                counts = np.zeros((k, n))
-                np.add.at(counts, (np.arange(k)[:, None], self.indices[part]), 1.0)
-                yield part, counts, None
+                yield part, _count(self.indices[part], n) * 1.0, None
             elif self.method == "pairs":
                 yield part, self._pairs(rng, again, k), None
             else:
@@ -125,13 +123,18 @@ class Resamples:
 
     def _tally(self, rng: np.random.Generator, k: int) -> np.ndarray:
         tally = np.zeros((k, self.groups))
-        lane = np.arange(k)[:, None]
         for members in self.strata:
             picked = members[rng.integers(len(members), size=(k, len(members)))]
-            np.add.at(tally, (lane, picked), 1.0)
+            tally += _count(picked, self.groups)
         counts = np.empty((k, len(self.rows)))
         counts[:, self.order] = tally[:, self.group]
         return counts
+
+
+def _count(picked: Int[np.ndarray, "k m"], size: int) -> Int[np.ndarray, "k size"]:
+    """How often each row of `picked` names each of 0, ..., size - 1."""
+    flat = picked + size * np.arange(len(picked))[:, None]
+    return np.bincount(flat.ravel(), minlength=len(picked) * size).reshape(len(picked), size)
 
 
 def _positions(rows: Rows, indices: np.ndarray) -> np.ndarray:

@@ -22,8 +22,10 @@ from scalelab.laws.regression import Regression
 TOLERANCE = 1e-13
 # A residual this small, relative to the data, is rounding: the objective of a perfect fit is never asked to fall below.
 ROUNDING = 1e-14
-DAMPING = 1e-3
-LANE_ELEMENTS = 1 << 14  # lanes x rows that are worked on at once: the arrays stay in the second-level cache
+DAMPING = 1e-3  # at the start, relative to the metric
+PATIENCE = 10
+FEW = 16  # lanes up to which eigenvalues cost less than elimination
+LANE_ELEMENTS = 1 << 15  # lanes x rows that are worked on at once: the arrays stay in the second-level cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +45,22 @@ def minimise(
     data: Float[np.ndarray, "S n"] | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = 300,
+    race: bool = False,
 ) -> Solution:
     """Each lane's local minimum of sum_i w_i rho(r_i(theta)), from its own start.
 
     `data` gives lanes targets of their own, on the objective's scale (wild and parametric bootstraps).
 
     A lane has converged when its quadratic model promises less than `tolerance` times the objective. Lanes that do
-    not get there in `max_iterations` come back as they are, with `converged` False.
+    not get there in `max_iterations` come back as they are, with `converged` False. In a `race`, where lanes are starts
+    for one optimum, they have until twice the first one's iterations and `PATIENCE` more.
     """
     theta = np.clip(np.array(theta, dtype=np.float64, ndmin=2), problem.lower, problem.upper)
     weights = np.broadcast_to(np.asarray(weights, dtype=np.float64), (len(theta), problem.rows))
-    return _newton(problem, theta, weights, objective, data, tolerance, max_iterations)
+    return _newton(problem, theta, weights, objective, data, tolerance, max_iterations, race)
 
 
-def _newton(problem: Regression, start, weights, objective, data, tolerance, max_iterations) -> Solution:
+def _newton(problem: Regression, start, weights, objective, data, tolerance, max_iterations, race) -> Solution:
     size, P = start.shape
     out = Solution(start.copy(), np.full(size, np.inf), np.zeros(size, bool), np.zeros(size, int))
     smallest = 0.5 * (ROUNDING * max(1.0, float(np.abs(problem.data).max()))) ** 2
@@ -68,7 +72,7 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
     theta, trial = start[lane], start[lane]
     value, gradient = np.full(room, np.inf), np.zeros((room, P))
     hessian, metric = np.zeros((room, P, P)), np.ones((room, P))
-    damping, predicted, age = np.full(room, DAMPING), np.ones(room), np.zeros(room, int)
+    damping, predicted, age = np.full(room, DAMPING), np.full(room, np.inf), np.zeros(room, int)
     while len(lane):
         new = problem.evaluate(trial, w, objective, d)
         good = (new[0] < value) & (predicted > 0)
@@ -77,35 +81,39 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
         # Gain ratio near 1: the model is right, trust it further; small: shorten the step (Levenberg, Marquardt).
         damping = np.maximum(damping * np.where(gain > 0.75, 0.2, np.where(gain > 0.2, 1.0, 4.0)), 1e-12)
         damping[age == 0] = DAMPING
-        theta[good] = trial[good]
-        for old, fresh in zip((value, gradient, hessian, metric), new, strict=True):
-            old[good] = fresh[good]
+        if good.all():
+            theta, (value, gradient, hessian, metric) = trial, new
+        else:
+            at = np.flatnonzero(good)
+            for old, fresh in zip((theta, value, gradient, hessian, metric), (trial, *new), strict=True):
+                old[at] = fresh[at]
         step, promise = _step(problem, theta, gradient, hessian, metric, damping)
-        done = (promise <= tolerance * (value + floor) + floor) & np.isfinite(value)
-        leaving = done | (damping > 1e15) | ~np.isfinite(value) | (age >= max_iterations)
+        done = (promise <= tolerance * (value + floor) + floor) & (value < np.inf)
+        if race and done.any():
+            max_iterations, race = min(max_iterations, 2 * int(age[done].min()) + PATIENCE), False
+        leaving = done | (damping > 1e15) | ~(value < np.inf) | (age >= max_iterations)
+        age += 1
         trial = np.clip(theta + step, problem.lower, problem.upper)
         step = trial - theta
-        predicted = -((gradient * step).sum(-1) + 0.5 * np.einsum("si,sij,sj->s", step, hessian, step))
-        age += 1
+        predicted = -np.vecdot(step, gradient + 0.5 * (hessian @ step[:, :, None])[:, :, 0])
         if not leaving.any():
             continue
         places = np.flatnonzero(leaving)
-        out.theta[lane[places]] = theta[places]
-        out.value[lane[places]] = value[places]
-        out.converged[lane[places]] = done[places]
-        out.iterations[lane[places]] = age[places] - 1
+        left = lane[places]
+        out.theta[left], out.value[left], out.converged[left] = theta[places], value[places], done[places]
+        out.iterations[left] = age[places] - 1
         fresh = np.arange(following, min(following + len(places), size))
         following += len(fresh)
-        filled, empty = places[: len(fresh)], places[len(fresh) :]
+        filled = places[: len(fresh)]
         if len(fresh):
             lane[filled], trial[filled], w[filled] = fresh, start[fresh], weights[fresh]
             if d is not None:
                 d[filled] = data[fresh]
             floor[filled] = smallest * w[filled].sum(axis=1)
-            value[filled], predicted[filled], damping[filled], age[filled] = np.inf, 1.0, DAMPING, 0
-        if len(empty):
-            stay = np.ones(len(lane), bool)
-            stay[empty] = False
+            value[filled], predicted[filled], damping[filled], age[filled] = np.inf, np.inf, DAMPING, 0
+        if len(fresh) < len(places):
+            leaving[filled] = False
+            stay = np.flatnonzero(~leaving)
             lane, w, floor, theta, trial, value, gradient, hessian, metric, damping, predicted, age = (
                 a[stay]
                 for a in (lane, w, floor, theta, trial, value, gradient, hessian, metric, damping, predicted, age)
@@ -123,35 +131,50 @@ def _step(problem, theta, gradient, hessian, metric, damping):
     S, P = theta.shape
     scale = 1.0 / np.sqrt(np.maximum(metric, 1e-300))
     slope = gradient * scale
-    scaled = hessian * scale[:, :, None] * scale[:, None, :]
-    held = ((theta <= problem.lower) & (gradient > 0)) | ((theta >= problem.upper) & (gradient < 0))
-    if held.any():
+    scaled = hessian * (scale[:, :, None] * scale[:, None, :])
+    below, above = theta <= problem.lower, theta >= problem.upper
+    if below.any() or above.any():
+        held = (below & (gradient > 0)) | (above & (gradient < 0))
         slope[held] = 0.0
         scaled[held[:, :, None] | held[:, None, :]] = 0.0
         scaled[:, np.arange(P), np.arange(P)] += held
-    # Both systems of all lanes at once: undamped for the promise, damped for the step.
-    systems = np.empty((P, P, 2, S))
-    systems[:] = scaled.transpose(1, 2, 0)[:, :, None]
+    if S < FEW:
+        along, promise = _by_eigenvalues(scaled, slope, damping)
+    else:
+        along, promise, bent = _by_elimination(scaled, slope, damping)
+        if len(bent):
+            along[bent], promise[bent] = _by_eigenvalues(scaled[bent], slope[bent], damping[bent])
+    step = -scale * along
+    longest = np.maximum(1.0, np.abs(step).max(axis=-1, keepdims=True))
+    return step / longest, promise
+
+
+def _by_eigenvalues(matrix, slope, damping):
+    curvature, basis = np.linalg.eigh(matrix)
+    curvature = np.maximum(np.abs(curvature), 1e-12)
+    along = (slope[:, None] @ basis)[:, 0]
+    step = (basis @ (along / (curvature + damping[:, None]))[:, :, None])[:, :, 0]
+    return step, 0.5 * (along * along / curvature).sum(-1)
+
+
+def _by_elimination(matrix, slope, damping):
+    """As by eigenvalues, and which matrices are not positive definite: for these it does not hold."""
+    S, P = slope.shape
+    # The systems of all lanes at once, lanes last: undamped for the promise, then damped for the step.
+    systems, right = np.empty((P, P, 2, S)), np.empty((P, 2, S))
+    systems[:] = matrix.transpose(1, 2, 0)[:, :, None]
     systems[np.arange(P), np.arange(P), 1] += damping
-    solution, pivots = _solve(systems.reshape(P, P, 2 * S), np.tile(slope.T, 2))
+    right[:] = slope.T[:, None]
+    solution, pivots = eliminate(systems.reshape(P, P, 2 * S), right.reshape(P, 2 * S))
     solution = solution.reshape(P, 2, S)
-    promise, step = 0.5 * (slope.T * solution[:, 0]).sum(0), -solution[:, 1].T
-    bent = np.flatnonzero(~(pivots.reshape(P, 2, S)[:, 0] > 1e-10).all(0))
-    if len(bent):
-        curvature, basis = np.linalg.eigh(scaled[bent])
-        curvature = np.maximum(np.abs(curvature), 1e-12)
-        along = np.einsum("sij,si->sj", basis, slope[bent])
-        promise[bent] = 0.5 * (along**2 / curvature).sum(-1)
-        step[bent] = -np.einsum("sij,sj->si", basis, along / (curvature + damping[bent, None]))
-    step *= scale
-    longest = np.abs(step).max(axis=-1, keepdims=True)
-    return step * np.minimum(1.0, 1.0 / np.maximum(longest, 1e-300)), promise
+    bent = np.flatnonzero(~(pivots[:, :S] > 1e-10).all(0))
+    return solution[:, 1].T.copy(), 0.5 * np.vecdot(slope.T, solution[:, 0], axis=0), bent
 
 
-def _solve(a: Float[np.ndarray, "P P S"], b: Float[np.ndarray, "P S"]) -> tuple[np.ndarray, np.ndarray]:
-    """a x = b for S symmetric systems at once by elimination, and the pivots: all positive where a is definite.
+def eliminate(a: Float[np.ndarray, "P P S"], b: Float[np.ndarray, "P S"]) -> tuple[np.ndarray, np.ndarray]:
+    """x of a x = b for S symmetric systems at once, and the pivots: all positive where a is definite. Overwrites both.
 
-    Lanes lie along the last axis, so that a P x P factorisation is P passes over arrays and no loop over lanes.
+    Lanes lie along the last axis, so that a factorisation is a few passes over arrays and no loop over lanes.
     """
     P = len(b)
     with np.errstate(all="ignore"):
