@@ -253,8 +253,8 @@ class Law:
         A first pass with a wider Huber zone brings far starts near; it need not finish. Starts that crawl along a
         valley are let go, and counted as not agreeing.
         """
-        lead = minimise(problem, starts, weights, goal.widened(10), tolerance=1e-4, max_iterations=30, race=True)
-        found = minimise(problem, lead.theta, weights, goal, max_iterations=60, race=True)
+        lead = minimise(problem, starts, weights, goal.widened(10), tolerance=1e-4, max_iterations=30, race=1.5)
+        found = minimise(problem, lead.theta, weights, goal, max_iterations=60, race=4.0)
         order = np.argsort(np.where(np.isfinite(found.value), found.value, np.inf), kind="stable")
         found = Solution(*(getattr(found, name)[order] for name in ("theta", "value", "converged", "iterations")))
         if not found.converged[0]:

@@ -45,7 +45,6 @@ class PowerSum(Regression):
         self._relative = np.zeros((self.terms, 2 * self.terms + 1, self.rows))  # theta -> ln of a term over the floor
         for k, x in enumerate(self.x):
             self._relative[k, 0], self._relative[k, 1 + k], self._relative[k, 1 + self.terms + k] = -one, one, -x
-        self._squares = [np.stack([one, x * x], axis=1) for x in self.x]
         self._features = {
             (k, l): np.stack([one, self.x[k], self.x[l], self.x[k] * self.x[l]], axis=1)
             for k in range(self.terms)
@@ -98,7 +97,7 @@ class PowerSum(Regression):
 
     def evaluate(self, theta, weights, objective, data=None):
         """See `Regression`. With z = ln model and shares p_k: dz = sum_k p_k c_k for log-terms linear in theta,
-        d2z = sum_k p_k c_k c_k' - dz dz'; so every entry of the Hessian is a sum over rows of a product of shares
+        d2z = sum_k p_k c_k c_k' - dz dz'; so every entry of the matrices is a sum over rows of a product of shares
         times a monomial in the columns, which one matrix product per pair of terms gives."""
         K = self.terms
         residual, p = self.shares(theta)
@@ -110,37 +109,34 @@ class PowerSum(Regression):
         bend -= push
         robust = weights * robust
 
-        P = 2 * K + 1
-        gradient, metric = np.empty((len(theta), P)), np.empty((len(theta), P))
-        hessian = np.empty((len(theta), P, P))
+        S, P = theta.shape
+        gradient, hessian, metric = np.empty((S, P)), np.empty((S, P, P)), np.empty((S, P, P))
         gradient[:, 0] = np.vecdot(push, p[0])
-        bent = bend * p[0]
-        hessian[:, 0, 0] = np.vecdot(bent, p[0]) + gradient[:, 0]
-        metric[:, 0] = np.vecdot(robust * p[0], p[0])
+        square = p[0] * p[0]
+        hessian[:, 0, 0] = np.vecdot(bend, square) + gradient[:, 0]
+        metric[:, 0, 0] = np.vecdot(robust, square)
         for k in range(K):
             c, g = 1 + k, 1 + K + k
-            floor = (bent * p[1 + k]) @ self._features[k, k][:, :2]
-            hessian[:, 0, c] = hessian[:, c, 0] = floor[:, 0]
-            hessian[:, 0, g] = hessian[:, g, 0] = -floor[:, 1]
-        for k in range(K):
-            c, g = 1 + k, 1 + K + k
-            pushed, bent = push * p[1 + k], bend * p[1 + k]
-            first = pushed @ self._features[k, k][:, :2]
+            own = self._features[k, k]
+            pushed = push * p[1 + k]
+            first = pushed @ own
             gradient[:, c], gradient[:, g] = first[:, 0], -first[:, 1]
-            weight = robust * p[1 + k]
-            weight *= p[1 + k]
-            weight = weight @ self._squares[k]
-            metric[:, c], metric[:, g] = weight[:, 0], weight[:, 1]
+            pair = p[1 + k] * p[0]
+            for matrix, weight in ((hessian, bend), (metric, robust)):
+                s = (weight * pair) @ own
+                matrix[:, 0, c] = matrix[:, c, 0] = s[:, 0]
+                matrix[:, 0, g] = matrix[:, g, 0] = -s[:, 1]
             for l in range(k + 1):
                 d, h = 1 + l, 1 + K + l
-                pair = bent * p[1 + l]
-                if k == l:
-                    pair += pushed
-                s = pair @ self._features[k, l]
-                hessian[:, c, d] = hessian[:, d, c] = s[:, 0]
-                hessian[:, g, d] = hessian[:, d, g] = -s[:, 1]
-                hessian[:, c, h] = hessian[:, h, c] = -s[:, 2]
-                hessian[:, g, h] = hessian[:, h, g] = s[:, 3]
+                pair = p[1 + k] * p[1 + l]
+                for matrix, weight in ((hessian, bend), (metric, robust)):
+                    s = (weight * pair) @ self._features[k, l]
+                    if k == l and matrix is hessian:
+                        s += first
+                    matrix[:, c, d] = matrix[:, d, c] = s[:, 0]
+                    matrix[:, g, d] = matrix[:, d, g] = -s[:, 1]
+                    matrix[:, c, h] = matrix[:, h, c] = -s[:, 2]
+                    matrix[:, g, h] = matrix[:, h, g] = s[:, 3]
         return value, gradient, hessian, metric
 
     def jacobian(self, theta: Float[np.ndarray, " P"]) -> Float[np.ndarray, "n P"]:

@@ -45,8 +45,10 @@ class Regression:
         weights: Float[np.ndarray, "S n"],
         objective: Objective,
         data: Float[np.ndarray, "S n"] | None = None,
-    ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "S P"], Float[np.ndarray, "S P P"], Float[np.ndarray, "S P"]]:
-        """Objective, gradient, Hessian, and the diagonal of the reweighted Gauss-Newton matrix."""
+    ) -> tuple[
+        Float[np.ndarray, " S"], Float[np.ndarray, "S P"], Float[np.ndarray, "S P P"], Float[np.ndarray, "S P P"]
+    ]:
+        """Objective, gradient, Hessian, and the iteratively reweighted Gauss-Newton matrix."""
         raise NotImplementedError
 
     def jacobian(self, theta: Float[np.ndarray, " P"]) -> Float[np.ndarray, "n P"]:
@@ -114,26 +116,27 @@ class FormRegression(Regression):
             residual = np.broadcast_to(jet.value, shape) - (self.data if data is None else data)
             loss, slope, bend, robust = objective.rho(residual)
             value = np.where(np.isfinite(residual).all(1), (weights * loss).sum(-1), np.inf)
-            push, bent, metric_weight = weights * slope, weights * bend, weights * robust
-            gradient, metric, hessian = np.zeros((S, P)), np.zeros((S, P)), np.zeros((S, P, P))
+            push, bent, robust = weights * slope, weights * bend, weights * robust
+            gradient, metric, hessian = np.zeros((S, P)), np.zeros((S, P, P)), np.zeros((S, P, P))
             items = sorted(jet.gradient.items())
             for n, (i, gi) in enumerate(items):
                 gradient[:, i] = _dot(push, gi)
-                metric[:, i] = _dot(metric_weight, gi * gi)
-                weighted = bent * gi
                 for j, gj in items[n:]:
-                    hessian[:, i, j] = _dot(weighted, gj)
+                    both = gi * gj
+                    hessian[:, i, j] = _dot(bent, both)
+                    metric[:, i, j] = _dot(robust, both)
             for (i, j), h in jet.hessian.items():
                 hessian[:, i, j] += _dot(push, h)
             lower = np.tril_indices(P, -1)
-            hessian[:, lower[0], lower[1]] = hessian[:, lower[1], lower[0]]
+            for matrix in (hessian, metric):
+                matrix[:, lower[0], lower[1]] = matrix[:, lower[1], lower[0]]
             sound = np.isfinite(value) & np.isfinite(gradient).all(1) & np.isfinite(hessian).all((1, 2))
         value = np.where(sound, value, np.inf)
         return (
             value,
             np.where(sound[:, None], gradient, 0.0),
             np.where(sound[:, None, None], hessian, 0.0),
-            np.where(sound[:, None], metric, 1.0),
+            np.where(sound[:, None, None], metric, 0.0),
         )
 
     def jacobian(self, theta):
@@ -290,9 +293,8 @@ class Constrained(Regression):
         return self.base.model(self._full(theta))
 
     def evaluate(self, theta, weights, objective, data=None):
-        value, gradient, hessian, _ = self.base.evaluate(self._full(theta), weights, objective, data)
-        hessian = np.einsum("ia,sij,jb->sab", self.spread, hessian, self.spread, optimize=True)
-        metric = np.maximum(np.abs(np.einsum("saa->sa", hessian)), 1e-300)
+        value, gradient, *matrices = self.base.evaluate(self._full(theta), weights, objective, data)
+        hessian, metric = (self.spread.T @ matrix @ self.spread for matrix in matrices)
         return value, gradient @ self.spread, hessian, metric
 
     def jacobian(self, theta):
@@ -321,7 +323,7 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Sum over rows of a product whose factors may be constant over rows or lanes."""
     if b.shape[-1] == 1 and a.shape[-1] != 1:
         return a.sum(-1) * np.broadcast_to(b, (*b.shape[:-1], 1))[..., 0]
-    return (a * b).sum(-1)
+    return np.vecdot(a, np.broadcast_to(b, a.shape))
 
 
 def _position(names: Sequence[str], name: str, field: str) -> int:

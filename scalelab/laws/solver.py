@@ -4,8 +4,9 @@ A `Regression` knows its residuals; the solver knows nothing of laws. Lanes (sta
 in lockstep along the first axis, with the rows' weights per lane: a resample is a vector of row counts. Lanes that
 are done leave the batch.
 
-The damping metric is the diagonal of the iteratively reweighted Gauss-Newton matrix, so that no step, bound or stopping
-rule depends on the scale of the objective, on units, or on whether the rows' losses are summed or averaged.
+Steps are damped in the metric of the iteratively reweighted Gauss-Newton matrix, so that neither they nor the stopping
+rule depend on the scale of the objective, on units, on whether the rows' losses are summed or averaged, or on how
+strongly a coefficient and its exponent hang together.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from scalelab.laws.objective import Objective
 from scalelab.laws.regression import Regression
 
 # Relative to the objective: the most that the quadratic model of a converged lane still promises to gain.
-TOLERANCE = 1e-13
+TOLERANCE = 1e-14
 # A residual this small, relative to the data, is rounding: the objective of a perfect fit is never asked to fall below.
 ROUNDING = 1e-14
-DAMPING = 1e-3  # at the start, relative to the metric
-PATIENCE = 10
-FEW = 16  # lanes up to which eigenvalues cost less than elimination
+DAMPING = 0.3  # at the start, relative to the metric
+SOFT = 1e-4  # keeps the metric, scaled to a unit diagonal, from being singular
 LANE_ELEMENTS = 1 << 15  # lanes x rows that are worked on at once: the arrays stay in the second-level cache
 
 
@@ -45,15 +45,15 @@ def minimise(
     data: Float[np.ndarray, "S n"] | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = 300,
-    race: bool = False,
+    race: float = np.inf,
 ) -> Solution:
     """Each lane's local minimum of sum_i w_i rho(r_i(theta)), from its own start.
 
     `data` gives lanes targets of their own, on the objective's scale (wild and parametric bootstraps).
 
     A lane has converged when its quadratic model promises less than `tolerance` times the objective. Lanes that do
-    not get there in `max_iterations` come back as they are, with `converged` False. In a `race`, where lanes are starts
-    for one optimum, they have until twice the first one's iterations and `PATIENCE` more.
+    not get there in `max_iterations` come back as they are, with `converged` False. Where lanes are starts for one
+    optimum, once half of them are there the others have until `race` times as many iterations.
     """
     theta = np.clip(np.array(theta, dtype=np.float64, ndmin=2), problem.lower, problem.upper)
     weights = np.broadcast_to(np.asarray(weights, dtype=np.float64), (len(theta), problem.rows))
@@ -71,7 +71,7 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
     floor = smallest * w.sum(axis=1)
     theta, trial = start[lane], start[lane]
     value, gradient = np.full(room, np.inf), np.zeros((room, P))
-    hessian, metric = np.zeros((room, P, P)), np.ones((room, P))
+    hessian, metric = np.zeros((room, P, P)), np.zeros((room, P, P))
     damping, predicted, age = np.full(room, DAMPING), np.full(room, np.inf), np.zeros(room, int)
     while len(lane):
         new = problem.evaluate(trial, w, objective, d)
@@ -88,9 +88,10 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
             for old, fresh in zip((theta, value, gradient, hessian, metric), (trial, *new), strict=True):
                 old[at] = fresh[at]
         step, promise = _step(problem, theta, gradient, hessian, metric, damping)
-        done = (promise <= tolerance * (value + floor) + floor) & (value < np.inf)
-        if race and done.any():
-            max_iterations, race = min(max_iterations, 2 * int(age[done].min()) + PATIENCE), False
+        # Where rounding refuses every step the damping grows, and the bar with it.
+        done = (promise <= tolerance * np.clip(damping, 1.0, 1e3) * (value + floor) + floor) & (value < np.inf)
+        if race < np.inf and 2 * (out.converged.sum() + done.sum()) >= size:
+            max_iterations, race = min(max_iterations, int(race * age.max())), np.inf
         leaving = done | (damping > 1e15) | ~(value < np.inf) | (age >= max_iterations)
         age += 1
         trial = np.clip(theta + step, problem.lower, problem.upper)
@@ -129,46 +130,51 @@ def _step(problem, theta, gradient, hessian, metric, damping):
     Parameters that sit on a bound and are pushed against it are held.
     """
     S, P = theta.shape
-    scale = 1.0 / np.sqrt(np.maximum(metric, 1e-300))
-    slope = gradient * scale
-    scaled = hessian * (scale[:, :, None] * scale[:, None, :])
+    each = np.arange(P)
+    scale = 1.0 / np.sqrt(np.maximum(metric[:, each, each], 1e-300))
+    slope, both = gradient * scale, scale[:, :, None] * scale[:, None, :]
+    scaled, metric = hessian * both, metric * both
+    metric[:, each, each] = 1.0 + SOFT  # positive definite, whatever rounding did
     below, above = theta <= problem.lower, theta >= problem.upper
     if below.any() or above.any():
         held = (below & (gradient > 0)) | (above & (gradient < 0))
         slope[held] = 0.0
-        scaled[held[:, :, None] | held[:, None, :]] = 0.0
-        scaled[:, np.arange(P), np.arange(P)] += held
-    if S < FEW:
-        along, promise = _by_eigenvalues(scaled, slope, damping)
-    else:
-        along, promise, bent = _by_elimination(scaled, slope, damping)
-        if len(bent):
-            along[bent], promise[bent] = _by_eigenvalues(scaled[bent], slope[bent], damping[bent])
+        pairs = held[:, :, None] | held[:, None, :]
+        scaled[pairs] = metric[pairs] = 0.0
+        scaled[:, each, each] += held
+        metric[:, each, each] += held
+    along, promise, bent = _by_elimination(scaled, slope, damping[:, None, None] * metric)
+    if len(bent):
+        along[bent], promise[bent] = _by_eigenvalues(scaled[bent], slope[bent], metric[bent], damping[bent])
     step = -scale * along
     longest = np.maximum(1.0, np.abs(step).max(axis=-1, keepdims=True))
     return step / longest, promise
 
 
-def _by_eigenvalues(matrix, slope, damping):
-    curvature, basis = np.linalg.eigh(matrix)
-    curvature = np.maximum(np.abs(curvature), 1e-12)
-    along = (slope[:, None] @ basis)[:, 0]
-    step = (basis @ (along / (curvature + damping[:, None]))[:, :, None])[:, :, 0]
-    return step, 0.5 * (along * along / curvature).sum(-1)
-
-
 def _by_elimination(matrix, slope, damping):
-    """As by eigenvalues, and which matrices are not positive definite: for these it does not hold."""
+    """The damped step uphill, the undamped promise, and the lanes for which both are void: not positive definite."""
     S, P = slope.shape
     # The systems of all lanes at once, lanes last: undamped for the promise, then damped for the step.
     systems, right = np.empty((P, P, 2, S)), np.empty((P, 2, S))
     systems[:] = matrix.transpose(1, 2, 0)[:, :, None]
-    systems[np.arange(P), np.arange(P), 1] += damping
+    systems[:, :, 1] += damping.transpose(1, 2, 0)
     right[:] = slope.T[:, None]
     solution, pivots = eliminate(systems.reshape(P, P, 2 * S), right.reshape(P, 2 * S))
     solution = solution.reshape(P, 2, S)
     bent = np.flatnonzero(~(pivots[:, :S] > 1e-10).all(0))
     return solution[:, 1].T.copy(), 0.5 * np.vecdot(slope.T, solution[:, 0], axis=0), bent
+
+
+def _by_eigenvalues(matrix, slope, metric, damping):
+    """The same with the curvatures, relative to the metric, by their magnitude."""
+    inverse = np.linalg.inv(np.linalg.cholesky(metric))
+    back = inverse.transpose(0, 2, 1)
+    curvature, basis = np.linalg.eigh(inverse @ matrix @ back)
+    curvature = np.maximum(np.abs(curvature), 1e-12)
+    basis = back @ basis
+    along = (slope[:, None] @ basis)[:, 0]
+    step = (basis @ (along / (curvature + damping[:, None]))[:, :, None])[:, :, 0]
+    return step, 0.5 * (along * along / curvature).sum(-1)
 
 
 def eliminate(a: Float[np.ndarray, "P P S"], b: Float[np.ndarray, "P S"]) -> tuple[np.ndarray, np.ndarray]:
