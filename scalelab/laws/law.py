@@ -30,6 +30,7 @@ from scalelab.laws.solver import Solution, minimise
 from scalelab.laws.table import Rows, Table, inputs_of, prepare
 
 STARTS = 8
+EXCHANGED = 128  # optima of bootstrap draws that the other draws are compared with
 AGREE = 1e-6  # relative excess of the objective up to which a start has found the optimum
 
 
@@ -267,29 +268,61 @@ class Law:
         self, problem: Regression, found: Solution, rows: Rows, goal: Objective, resamples: Resamples, free: int
     ) -> tuple[Float[np.ndarray, "R P"], np.ndarray]:
         """Each draw's own optimum: the better of the point fit's basin and a start of its own (`cold_starts`), or, for
-        a law without these, of every local optimum that the point fit met."""
-        optimum = found.theta[0]
+        a law without these, of every local optimum that the point fit met; unless another draw's optimum is better."""
         samples = np.full((resamples.draws, len(self.parameters)), np.nan)
         boundary = np.zeros(resamples.draws, bool)
-        others = _other_optima(found)
-        fitted = problem.model(optimum[None])[0]
+        fitted = problem.model(found.theta[:1])[0]
         with progress(resamples.draws, f"{self.name}: bootstrap") as advance:
             for part, counts, data in resamples.chunks(fitted, problem.data, free):
-                weights = counts * rows.weights
-                lanes = part.stop - part.start
-                best = minimise(problem, np.broadcast_to(optimum, (lanes, len(optimum))), weights, goal, data=data)
-                theta, value, converged = best.theta, best.value, best.converged
-                own = problem.cold_starts(weights) if data is None else None
-                for start in [own] if own is not None else [np.broadcast_to(o, theta.shape) for o in others]:
-                    rival = minimise(problem, start, weights, goal, data=data)
-                    better = rival.converged & ((rival.value < value) | ~converged)
-                    theta = np.where(better[:, None], rival.theta, theta)
-                    value, converged = np.where(better, rival.value, value), converged | rival.converged
-                boundary[part] = ((theta <= problem.lower) | (theta >= problem.upper)).any(1)
-                good = converged & ((weights > 0).sum(1) >= free)
-                samples[part] = np.where(good[:, None], problem.natural(theta), np.nan)
-                advance(lanes)
+                counts *= rows.weights
+                best = _Best(problem, counts, goal, data)
+                best.offer(found.theta[:1])
+                own = problem.cold_starts(counts) if data is None else None
+                for start in _other_optima(found) if own is None else [own]:
+                    best.offer(start)
+                if data is None:
+                    best.exchange()
+                boundary[part] = ((best.theta <= problem.lower) | (best.theta >= problem.upper)).any(1)
+                good = best.converged & (np.count_nonzero(counts, axis=1) >= free)
+                samples[part] = np.where(good[:, None], problem.natural(best.theta), np.nan)
+                advance(part.stop - part.start)
         return samples, boundary
+
+
+class _Best:
+    """The best minimum met so far in each lane, from starts that are offered one after the other."""
+
+    def __init__(self, problem: Regression, weights: np.ndarray, goal: Objective, data: np.ndarray | None):
+        self.problem, self.weights, self.goal, self.data = problem, weights, goal, data
+        self.theta = np.zeros((len(weights), len(problem.lower)))
+        self.value, self.converged = np.full(len(weights), np.inf), np.zeros(len(weights), bool)
+
+    def offer(self, start: Float[np.ndarray, "k P"] | Float[np.ndarray, "1 P"], lanes: np.ndarray | None = None):
+        """Start each lane (or those named) here, and keep what is better than what it has."""
+        at = np.arange(len(self.value)) if lanes is None else lanes
+        weights, data = (a if a is None or lanes is None else a[lanes] for a in (self.weights, self.data))
+        start = np.broadcast_to(start, (len(at), start.shape[1]))
+        rival = minimise(self.problem, start, weights, self.goal, data=data)
+        better = (rival.converged & ~self.converged[at]) | (
+            (rival.converged == self.converged[at]) & (rival.value < self.value[at])
+        )
+        at = at[better]
+        self.theta[at], self.value[at], self.converged[at] = (
+            a[better] for a in (rival.theta, rival.value, rival.converged)
+        )
+
+    def exchange(self) -> None:
+        """Offer each lane the optimum of another that suits its weights better than its own: then it sat in a worse
+        basin. One matrix product compares them all."""
+        others = self.theta[self.converged][:EXCHANGED]
+        if len(others) < 2:
+            return
+        loss = np.concatenate([self.goal.rho(self.problem.model(o[None]) - self.problem.data)[0] for o in others])
+        values = self.weights @ np.nan_to_num(loss, nan=np.inf).T
+        pick = values.argmin(axis=1)
+        fooled = np.flatnonzero(values[np.arange(len(pick)), pick] < self.value * (1 - AGREE))
+        if len(fooled):
+            self.offer(others[pick[fooled]], fooled)
 
 
 def _other_optima(found: Solution) -> list[np.ndarray]:
@@ -298,7 +331,7 @@ def _other_optima(found: Solution) -> list[np.ndarray]:
     values = [found.value[0]]
     for theta, value, converged in zip(found.theta[1:], found.value[1:], found.converged[1:], strict=True):
         if converged and value < 2 * found.value[0] and all(value > v * (1 + 1e-4) for v in values):
-            out.append(theta)
+            out.append(theta[None])
             values.append(value)
     return out[:2]
 

@@ -25,7 +25,7 @@ TOLERANCE = 1e-14
 ROUNDING = 1e-14
 DAMPING = 0.3  # at the start, relative to the metric
 SOFT = 1e-4  # keeps the metric, scaled to a unit diagonal, from being singular
-LANE_ELEMENTS = 1 << 15  # lanes x rows that are worked on at once: the arrays stay in the second-level cache
+LANE_ELEMENTS = 3 << 14  # lanes x rows that are worked on at once: the arrays stay in the second-level cache
 
 
 @dataclasses.dataclass(frozen=True)
