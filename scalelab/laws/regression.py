@@ -29,6 +29,7 @@ APART = 0.15  # how far starts lie from each other, as a share of the search box
 class Regression:
     """n rows, P coordinates. data: (n,) the target on the objective's scale. lower, upper: (P,) box of theta."""
 
+    load = 1  # numbers that one evaluation holds, relative to one with derivatives by hand
     rows: int
     lower: Float[np.ndarray, " P"]
     upper: Float[np.ndarray, " P"]
@@ -77,6 +78,8 @@ class Regression:
 class FormRegression(Regression):
     """Any law, from its formula."""
 
+    load = 3
+
     def __init__(self, law: Law, columns: Mapping[str, np.ndarray], on: str):
         self.law, self.on = law, on
         self.columns = types.SimpleNamespace(**law.columns_of(columns))
@@ -117,19 +120,18 @@ class FormRegression(Regression):
             loss, slope, bend, robust = objective.rho(residual)
             value = np.where(np.isfinite(residual).all(1), (weights * loss).sum(-1), np.inf)
             push, bent, robust = weights * slope, weights * bend, weights * robust
-            gradient, metric, hessian = np.zeros((S, P)), np.zeros((S, P, P)), np.zeros((S, P, P))
-            items = sorted(jet.gradient.items())
-            for n, (i, gi) in enumerate(items):
-                gradient[:, i] = _dot(push, gi)
-                for j, gj in items[n:]:
-                    both = gi * gj
-                    hessian[:, i, j] = _dot(bent, both)
-                    metric[:, i, j] = _dot(robust, both)
+            slopes = np.zeros((S, P, self.rows))
+            for i, g in jet.gradient.items():
+                slopes[:, i] = g
+            across = slopes.transpose(0, 2, 1)
+            gradient = (slopes @ push[:, :, None])[:, :, 0]
+            metric = (slopes * robust[:, None]) @ across
+            hessian = (slopes * bent[:, None]) @ across
             for (i, j), h in jet.hessian.items():
-                hessian[:, i, j] += _dot(push, h)
-            lower = np.tril_indices(P, -1)
-            for matrix in (hessian, metric):
-                matrix[:, lower[0], lower[1]] = matrix[:, lower[1], lower[0]]
+                term = _dot(push, h)
+                hessian[:, i, j] += term
+                if i != j:
+                    hessian[:, j, i] += term
             sound = np.isfinite(value) & np.isfinite(gradient).all(1) & np.isfinite(hessian).all((1, 2))
         value = np.where(sound, value, np.inf)
         return (
@@ -162,9 +164,12 @@ class FormRegression(Regression):
         (variable projection, Golub & Pereyra 1973); one that must be positive restarts small where it comes out not.
         """
         low, high = (np.array(ends) for ends in zip(*(s.search for s in self.specs), strict=True))
-        unit = low_discrepancy(CANDIDATES, len(self.specs))
-        theta = np.clip(low + unit * (high - low), self.lower, self.upper)
         linear = [i for i, s in enumerate(self.specs) if s.linear]
+        moving = [i for i in range(len(self.specs)) if i not in linear] or linear
+        candidates = min(CANDIDATES, 16 ** len(moving))
+        place = np.full((candidates, len(self.specs)), 0.5)
+        place[:, moving] = low_discrepancy(candidates, len(moving))
+        theta = np.clip(low + place * (high - low), self.lower, self.upper)
         lanes = max(1, (1 << 16) // self.rows)
         values = np.empty(len(theta))
         for i in range(0, len(theta), lanes):
@@ -179,8 +184,6 @@ class FormRegression(Regression):
         order = np.argsort(values, kind="stable")
         if not np.isfinite(values[order[0]]):
             raise BadInput(f"law {self.law.name}", "no finite value", "its formula gives NaN or infinity on this table")
-        place = (theta - low) / (high - low)
-        moving = [i for i in range(len(self.specs)) if i not in linear] or linear
         chosen: list[int] = []
         for k in order[np.isfinite(values[order])]:
             if all(np.abs(place[k] - place[c])[moving].max() > APART for c in chosen):
@@ -190,27 +193,22 @@ class FormRegression(Regression):
         return theta[chosen]
 
     def _solve_linear(self, theta: np.ndarray, linear: list[int], weights: np.ndarray) -> np.ndarray:
-        coordinates = [theta[:, i, None] for i in range(theta.shape[1])]
         target = np.exp(self.data) if self.on == "log" else self.data
         relative = np.sqrt(weights) / (np.abs(target) if self.on == "log" else 1.0)
-
-        def value(which: int | None) -> np.ndarray:
-            names = list(self.law.parameters)
-            p = self._namespace(coordinates)
-            for k in linear:
-                setattr(p, names[k], 1.0 if k == which else 0.0)
-            return np.broadcast_to(value_of(self.law.formula(p, self.columns)), (len(theta), self.rows))
-
+        p = self._namespace([theta[:, i, None] for i in range(theta.shape[1])])
+        names, S = list(self.law.parameters), len(theta)
+        for i in linear:
+            setattr(p, names[i], Jet.variable(np.zeros((S, 1)), i))
         with np.errstate(all="ignore"):
-            rest = value(None)
-            basis = np.stack([(value(k) - rest) * relative for k in linear], axis=-1)
-            right = (target - rest) * relative
+            jet = self.law.formula(p, self.columns)
+            basis = np.stack([np.broadcast_to(jet.gradient[i], (S, self.rows)) for i in linear], axis=1) * relative
+            right = (target - np.broadcast_to(jet.value, (S, self.rows))) * relative
         sound: Any = np.isfinite(basis).all((1, 2)) & np.isfinite(right).all(1)
         basis, right = np.where(sound[:, None, None], basis, 0.0), np.where(sound[:, None], right, 0.0)
-        gram = np.einsum("snk,snl->skl", basis, basis)
+        gram = basis @ basis.transpose(0, 2, 1)
         size = np.sqrt(np.maximum(np.einsum("skk->sk", gram), 1e-300))
         gram = gram / (size[:, :, None] * size[:, None, :]) + 1e-10 * np.eye(len(linear))
-        solution = np.linalg.solve(gram, (np.einsum("snk,sn->sk", basis, right) / size)[..., None])[..., 0] / size
+        solution = np.linalg.solve(gram, (basis @ right[:, :, None]) / size[:, :, None])[..., 0] / size
         out = theta.copy()
         for position, k in enumerate(linear):
             s, c = self.specs[k], solution[:, position]
@@ -323,7 +321,7 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Sum over rows of a product whose factors may be constant over rows or lanes."""
     if b.shape[-1] == 1 and a.shape[-1] != 1:
         return a.sum(-1) * np.broadcast_to(b, (*b.shape[:-1], 1))[..., 0]
-    return np.vecdot(a, np.broadcast_to(b, a.shape))
+    return np.vecdot(a, b)
 
 
 def _position(names: Sequence[str], name: str, field: str) -> int:

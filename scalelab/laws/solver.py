@@ -64,7 +64,7 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
     size, P = start.shape
     out = Solution(start.copy(), np.full(size, np.inf), np.zeros(size, bool), np.zeros(size, int))
     smallest = 0.5 * (ROUNDING * max(1.0, float(np.abs(problem.data).max()))) ** 2
-    room = min(size, max(1, LANE_ELEMENTS // max(1, problem.rows)))
+    room = min(size, max(1, LANE_ELEMENTS // max(1, problem.rows * problem.load)))
     lane = np.arange(room)  # the lane that each place works on; the next lanes take the places of those that leave
     following = room
     w, d = weights[lane], None if data is None else data[lane]
