@@ -22,16 +22,13 @@ from scalelab.laws.fit import Fit, Options
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import HUBER, Objective
 from scalelab.laws.parameter import Parameter
-from scalelab.laws.progress import progress
 from scalelab.laws.regression import Constrained, FormRegression, Regression
 from scalelab.laws.resample import Resamples
 from scalelab.laws.result import provenance
-from scalelab.laws.solver import Solution, minimise
+from scalelab.laws.search import AGREE, polish, refit
 from scalelab.laws.table import Rows, Table, inputs_of, prepare
 
 STARTS = 8
-EXCHANGED = 128  # optima of bootstrap draws that the other draws are compared with
-AGREE = 1e-6  # relative excess of the objective up to which a start has found the optimum
 
 
 class Law:
@@ -197,17 +194,18 @@ class Law:
         if near is not None:
             starts = np.concatenate([problem.internal(near[None]), starts])
         if goal.delta is None and goal.kind != "squares":
-            first = self._polish(problem, starts, rows.weights, objectives.first_pass(goal, problem.data))
+            first = polish(problem, starts, rows.weights, objectives.first_pass(goal, problem.data), self.name)
             goal = objectives.with_scale(goal, problem.model(first.theta[[0]])[0] - problem.data)
             starts = np.concatenate([first.theta[:1], starts])
             options = options.replace(objective=goal)
-        found = self._polish(problem, starts, rows.weights, goal)
+        found = polish(problem, starts, rows.weights, goal, self.name)
         theta = found.theta[0]
         agreeing = found.converged & (
             found.value
             <= found.value[0] * (1 + AGREE) + 1e-24 * rows.weights.sum() * max(1.0, np.abs(problem.data).max()) ** 2
         )
-        samples, boundary = self._refit(problem, found, rows, goal, resamples, free)
+        theta_drawn, boundary = refit(problem, found, rows.weights, goal, resamples, free, self.name)
+        samples = problem.natural(theta_drawn)
         record = {
             "law": self.name,
             "equation": self.equation,
@@ -246,94 +244,6 @@ class Law:
             specs = list(self.parameters.values())
             problem = Constrained(problem, list(self.parameters), specs, options.fixed, options.tied)
         return problem
-
-    @staticmethod
-    def _polish(problem: Regression, starts: np.ndarray, weights: np.ndarray, goal: Objective) -> Solution:
-        """Every start's own minimum, the best first and carried to its end.
-
-        A first pass with a wider Huber zone brings far starts near; it need not finish. Starts that crawl along a
-        valley are let go, and counted as not agreeing.
-        """
-        lead = minimise(problem, starts, weights, goal.widened(10), tolerance=1e-4, max_iterations=30, race=1.5)
-        found = minimise(problem, lead.theta, weights, goal, max_iterations=60, race=4.0)
-        order = np.argsort(np.where(np.isfinite(found.value), found.value, np.inf), kind="stable")
-        found = Solution(*(getattr(found, name)[order] for name in ("theta", "value", "converged", "iterations")))
-        if not found.converged[0]:
-            last = minimise(problem, found.theta[0], weights, goal)
-            found.theta[0], found.value[0], found.converged[0] = last.theta[0], last.value[0], last.converged[0]
-            found.iterations[0] += last.iterations[0]
-        return found
-
-    def _refit(
-        self, problem: Regression, found: Solution, rows: Rows, goal: Objective, resamples: Resamples, free: int
-    ) -> tuple[Float[np.ndarray, "R P"], np.ndarray]:
-        """Each draw's own optimum: the better of the point fit's basin and a start of its own (`cold_starts`), or, for
-        a law without these, of every local optimum that the point fit met; unless another draw's optimum is better."""
-        samples = np.full((resamples.draws, len(self.parameters)), np.nan)
-        boundary = np.zeros(resamples.draws, bool)
-        fitted = problem.model(found.theta[:1])[0]
-        with progress(resamples.draws, f"{self.name}: bootstrap") as advance:
-            for part, counts, data in resamples.chunks(fitted, problem.data, free):
-                counts *= rows.weights
-                best = _Best(problem, counts, goal, data)
-                best.offer(found.theta[:1])
-                own = problem.cold_starts(counts) if data is None else None
-                for start in _other_optima(found) if own is None else [own]:
-                    best.offer(start)
-                if data is None:
-                    best.exchange()
-                boundary[part] = ((best.theta <= problem.lower) | (best.theta >= problem.upper)).any(1)
-                good = best.converged & (np.count_nonzero(counts, axis=1) >= free)
-                samples[part] = np.where(good[:, None], problem.natural(best.theta), np.nan)
-                advance(part.stop - part.start)
-        return samples, boundary
-
-
-class _Best:
-    """The best minimum met so far in each lane, from starts that are offered one after the other."""
-
-    def __init__(self, problem: Regression, weights: np.ndarray, goal: Objective, data: np.ndarray | None):
-        self.problem, self.weights, self.goal, self.data = problem, weights, goal, data
-        self.theta = np.zeros((len(weights), len(problem.lower)))
-        self.value, self.converged = np.full(len(weights), np.inf), np.zeros(len(weights), bool)
-
-    def offer(self, start: Float[np.ndarray, "k P"] | Float[np.ndarray, "1 P"], lanes: np.ndarray | None = None):
-        """Start each lane (or those named) here, and keep what is better than what it has."""
-        at = np.arange(len(self.value)) if lanes is None else lanes
-        weights, data = (a if a is None or lanes is None else a[lanes] for a in (self.weights, self.data))
-        start = np.broadcast_to(start, (len(at), start.shape[1]))
-        rival = minimise(self.problem, start, weights, self.goal, data=data)
-        better = (rival.converged & ~self.converged[at]) | (
-            (rival.converged == self.converged[at]) & (rival.value < self.value[at])
-        )
-        at = at[better]
-        self.theta[at], self.value[at], self.converged[at] = (
-            a[better] for a in (rival.theta, rival.value, rival.converged)
-        )
-
-    def exchange(self) -> None:
-        """Offer each lane the optimum of another that suits its weights better than its own: then it sat in a worse
-        basin. One matrix product compares them all."""
-        others = self.theta[self.converged][:EXCHANGED]
-        if len(others) < 2:
-            return
-        loss = np.concatenate([self.goal.rho(self.problem.model(o[None]) - self.problem.data)[0] for o in others])
-        values = self.weights @ np.nan_to_num(loss, nan=np.inf).T
-        pick = values.argmin(axis=1)
-        fooled = np.flatnonzero(values[np.arange(len(pick)), pick] < self.value * (1 - AGREE))
-        if len(fooled):
-            self.offer(others[pick[fooled]], fooled)
-
-
-def _other_optima(found: Solution) -> list[np.ndarray]:
-    """Converged local optima that are worse by less than a factor two: one may be a resample's best."""
-    out: list[np.ndarray] = []
-    values = [found.value[0]]
-    for theta, value, converged in zip(found.theta[1:], found.value[1:], found.converged[1:], strict=True):
-        if converged and value < 2 * found.value[0] and all(value > v * (1 + 1e-4) for v in values):
-            out.append(theta[None])
-            values.append(value)
-    return out[:2]
 
 
 class Defined(Law):

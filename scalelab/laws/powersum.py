@@ -151,7 +151,8 @@ class PowerSum(Regression):
         return self.grid_starts(weights[None], GRID, BLOCKS)[0, :count]
 
     def cold_starts(self, weights):
-        return self.grid_starts(weights, COARSE_GRID, 1)[:, 0]
+        parts = [self.grid_starts(weights[i : i + 512], COARSE_GRID, 1)[:, 0] for i in range(0, len(weights), 512)]
+        return np.concatenate(parts)
 
     def grid_starts(
         self, weights: Float[np.ndarray, "R n"], grid: np.ndarray, blocks: int
@@ -175,8 +176,8 @@ class PowerSum(Regression):
             right[k + 1] = (basis[k] @ weights.T)[index[k]]
             gram[k + 1, k + 1] = (basis[k] ** 2 @ weights.T)[index[k]]
             for l in range(k):
-                products = (basis[k][:, None] * basis[l][None]).reshape(G * G, -1)
-                gram[k + 1, l + 1] = gram[l + 1, k + 1] = (products @ weights.T)[index[k] * G + index[l]]
+                both = np.stack([(row * basis[l]) @ weights.T for row in basis[k]])  # (G, G, R)
+                gram[k + 1, l + 1] = gram[l + 1, k + 1] = both[index[k], index[l]]
         size = np.sqrt(np.einsum("ii...->i...", gram))
         scaled = gram / (size[:, None] * size)
         scaled[np.arange(K + 1), np.arange(K + 1)] += 1e-12

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from scalelab.errors import BadInput
-from scalelab.laws.jet import Jet, value_of
+from scalelab.laws.jet import Jet
 from scalelab.laws.objective import Objective
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ class Constrained(Regression):
         self, base: Regression, names: Sequence[str], specs: Sequence[Any],
         fixed: Mapping[str, float], tied: Mapping[str, str],
     ):  # fmt: skip
-        self.base, self.rows, self.data = base, base.rows, base.data
+        self.base, self.rows, self.data, self.load = base, base.rows, base.data, base.load
         P = len(names)
         spread, offset = np.eye(P), np.zeros(P)
         gone: set[int] = set()
@@ -306,6 +306,10 @@ class Constrained(Regression):
 
     def starts(self, weights, objective, count):
         return self.base.starts(weights, objective, count)[:, self.keep]
+
+    def cold_starts(self, weights):
+        own = self.base.cold_starts(weights)
+        return None if own is None else own[:, self.keep]
 
 
 def low_discrepancy(n: int, dimensions: int) -> Float[np.ndarray, "n d"]:

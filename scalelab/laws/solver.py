@@ -12,6 +12,7 @@ strongly a coefficient and its exponent hang together.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -24,6 +25,7 @@ TOLERANCE = 1e-14
 # A residual this small, relative to the data, is rounding: the objective of a perfect fit is never asked to fall below.
 ROUNDING = 1e-14
 DAMPING = 0.3  # at the start, relative to the metric
+HOPE = 100.0  # a lane gains at most so many times what its quadratic model promises
 SOFT = 1e-4  # keeps the metric, scaled to a unit diagonal, from being singular
 LANE_ELEMENTS = 3 << 14  # lanes x rows that are worked on at once: the arrays stay in the second-level cache
 
@@ -45,22 +47,24 @@ def minimise(
     data: Float[np.ndarray, "S n"] | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = 300,
-    race: float = np.inf,
+    race: bool = False,
+    tick: Callable[[int], None] | None = None,
 ) -> Solution:
     """Each lane's local minimum of sum_i w_i rho(r_i(theta)), from its own start.
 
     `data` gives lanes targets of their own, on the objective's scale (wild and parametric bootstraps).
 
     A lane has converged when its quadratic model promises less than `tolerance` times the objective. Lanes that do
-    not get there in `max_iterations` come back as they are, with `converged` False. Where lanes are starts for one
-    optimum, once half of them are there the others have until `race` times as many iterations.
+    not get there in `max_iterations` come back as they are, with `converged` False. In a `race`, where lanes are starts
+    for one optimum, those that crawl above the best are let go as soon as half of all have converged.
+    `tick` is told how many lanes were finished, each time that some are.
     """
     theta = np.clip(np.array(theta, dtype=np.float64, ndmin=2), problem.lower, problem.upper)
     weights = np.broadcast_to(np.asarray(weights, dtype=np.float64), (len(theta), problem.rows))
-    return _newton(problem, theta, weights, objective, data, tolerance, max_iterations, race)
+    return _newton(problem, theta, weights, objective, data, tolerance, max_iterations, race, tick)
 
 
-def _newton(problem: Regression, start, weights, objective, data, tolerance, max_iterations, race) -> Solution:
+def _newton(problem: Regression, start, weights, objective, data, tolerance, max_iterations, race, tick) -> Solution:
     size, P = start.shape
     out = Solution(start.copy(), np.full(size, np.inf), np.zeros(size, bool), np.zeros(size, int))
     smallest = 0.5 * (ROUNDING * max(1.0, float(np.abs(problem.data).max()))) ** 2
@@ -90,9 +94,10 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
         step, promise = _step(problem, theta, gradient, hessian, metric, damping)
         # Where rounding refuses every step the damping grows, and the bar with it.
         done = (promise <= tolerance * np.clip(damping, 1.0, 1e3) * (value + floor) + floor) & (value < np.inf)
-        if race < np.inf and 2 * (out.converged.sum() + done.sum()) >= size:
-            max_iterations, race = min(max_iterations, int(race * age.max())), np.inf
         leaving = done | (damping > 1e15) | ~(value < np.inf) | (age >= max_iterations)
+        if race and 2 * (np.count_nonzero(out.converged) + np.count_nonzero(done)) >= size:
+            best = min(value[done].min(initial=np.inf), out.value[out.converged].min(initial=np.inf))
+            leaving |= value - HOPE * promise > best
         age += 1
         trial = np.clip(theta + step, problem.lower, problem.upper)
         step = trial - theta
@@ -103,11 +108,14 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
         left = lane[places]
         out.theta[left], out.value[left], out.converged[left] = theta[places], value[places], done[places]
         out.iterations[left] = age[places] - 1
+        if tick is not None:
+            tick(len(left))
         fresh = np.arange(following, min(following + len(places), size))
         following += len(fresh)
         filled = places[: len(fresh)]
         if len(fresh):
-            lane[filled], trial[filled], w[filled] = fresh, start[fresh], weights[fresh]
+            lane[filled], w[filled] = fresh, weights[fresh]
+            theta[filled] = trial[filled] = start[fresh]
             if d is not None:
                 d[filled] = data[fresh]
             floor[filled] = smallest * w[filled].sum(axis=1)
@@ -129,8 +137,7 @@ def _step(problem, theta, gradient, hessian, metric, damping):
     Where the objective curves downwards, eigenvalues enter by magnitude, so that the step still goes downhill.
     Parameters that sit on a bound and are pushed against it are held.
     """
-    S, P = theta.shape
-    each = np.arange(P)
+    each = np.arange(theta.shape[1])
     scale = 1.0 / np.sqrt(np.maximum(metric[:, each, each], 1e-300))
     slope, both = gradient * scale, scale[:, :, None] * scale[:, None, :]
     scaled, metric = hessian * both, metric * both
