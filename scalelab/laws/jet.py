@@ -69,6 +69,8 @@ class Jet(np.lib.mixins.NDArrayOperatorsMixin):
             return inputs[0].sum(axis=kwargs.get("axis", 0), keepdims=kwargs.get("keepdims", False))
         if method != "__call__" or kwargs:
             return NotImplemented
+        if ufunc is np.negative:
+            return _negative(inputs[0])
         if ufunc in UNARY:
             (x,) = inputs
             return x.chain(*UNARY[ufunc](x.value))
@@ -93,14 +95,19 @@ def _accumulate(into: dict[Any, np.ndarray], key: Any, term: np.ndarray) -> None
     into[key] = into[key] + term if key in into else term
 
 
+def _negative(x: Jet) -> Jet:
+    return x.map_linear(np.negative)
+
+
 def _linear(a: Any, b: Any, sign: float) -> Jet:
-    value = value_of(a) + sign * value_of(b)
+    value = value_of(a) + value_of(b) if sign > 0 else value_of(a) - value_of(b)
     gradient, hessian = (dict(a.gradient), dict(a.hessian)) if isinstance(a, Jet) else ({}, {})
     if isinstance(b, Jet):
+        b = b if sign > 0 else _negative(b)
         for i, g in b.gradient.items():
-            _accumulate(gradient, i, sign * g)
+            _accumulate(gradient, i, g)
         for k, h in b.hessian.items():
-            _accumulate(hessian, k, sign * h)
+            _accumulate(hessian, k, h)
     return Jet(value, gradient, hessian)
 
 
@@ -197,10 +204,6 @@ def _absolute(v: np.ndarray) -> tuple[Any, ...]:
     return np.abs(v), np.sign(v), None
 
 
-def _negative(v: np.ndarray) -> tuple[Any, ...]:
-    return -v, np.full((1,) * np.ndim(v), -1.0), None
-
-
 def _positive(v: np.ndarray) -> tuple[Any, ...]:
     return v, np.ones((1,) * np.ndim(v)), None
 
@@ -209,7 +212,7 @@ LN2, LN10 = np.log(2.0), np.log(10.0)
 
 UNARY: dict[np.ufunc, Callable[[np.ndarray], tuple[Any, ...]]] = {
     np.exp: _exp, np.log: _log, np.expm1: _expm1, np.log1p: _log1p, np.sqrt: _sqrt, np.tanh: _tanh,
-    np.square: _square, np.absolute: _absolute, np.negative: _negative, np.positive: _positive,
+    np.square: _square, np.absolute: _absolute, np.positive: _positive,
     np.reciprocal: _reciprocal,
     np.log2: lambda v: tuple(a / LN2 for a in _log(v)),
     np.log10: lambda v: tuple(a / LN10 for a in _log(v)),

@@ -22,15 +22,13 @@ from scalelab.laws.fit import Fit, Options
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import HUBER, Objective
 from scalelab.laws.parameter import Parameter
-from scalelab.laws.progress import progress
 from scalelab.laws.regression import Constrained, FormRegression, Regression
 from scalelab.laws.resample import Resamples
 from scalelab.laws.result import provenance
-from scalelab.laws.solver import Solution, minimise
+from scalelab.laws.search import AGREE, polish, refit
 from scalelab.laws.table import Rows, Table, inputs_of, prepare
 
 STARTS = 8
-AGREE = 1e-6  # relative excess of the objective up to which a start has found the optimum
 
 
 class Law:
@@ -221,17 +219,18 @@ class Law:
         if near is not None:
             starts = np.concatenate([problem.internal(near[None]), starts])
         if goal.delta is None and goal.kind != "squares":
-            first = self._polish(problem, starts, rows.weights, objectives.first_pass(goal, problem.data))
+            first = polish(problem, starts, rows.weights, objectives.first_pass(goal, problem.data), self.name)
             goal = objectives.with_scale(goal, problem.model(first.theta[[0]])[0] - problem.data)
             starts = np.concatenate([first.theta[:1], starts])
             options = options.replace(objective=goal)
-        found = self._polish(problem, starts, rows.weights, goal)
+        found = polish(problem, starts, rows.weights, goal, self.name)
         theta = found.theta[0]
         agreeing = found.converged & (
             found.value
             <= found.value[0] * (1 + AGREE) + 1e-24 * rows.weights.sum() * max(1.0, np.abs(problem.data).max()) ** 2
         )
-        samples, boundary = self._refit(problem, found, rows, goal, resamples, free)
+        theta_drawn, boundary = refit(problem, found, rows.weights, goal, resamples, free, self.name)
+        samples = problem.natural(theta_drawn)
         record = {
             "law": self.name,
             "equation": self.equation,
@@ -270,65 +269,6 @@ class Law:
             specs = list(self.parameters.values())
             problem = Constrained(problem, list(self.parameters), specs, options.fixed, options.tied)
         return problem
-
-    @staticmethod
-    def _polish(problem: Regression, starts: np.ndarray, weights: np.ndarray, goal: Objective) -> Solution:
-        """Every start's own minimum, the best first and carried to its end.
-
-        A first pass with a wider Huber zone brings far starts near; it need not finish. Starts that crawl along a
-        valley are let go, and counted as not agreeing.
-        """
-        lead = minimise(problem, starts, weights, goal.widened(10), tolerance=1e-4, max_iterations=30)
-        found = minimise(problem, lead.theta, weights, goal, max_iterations=60)
-        order = np.argsort(np.where(np.isfinite(found.value), found.value, np.inf), kind="stable")
-        found = Solution(*(getattr(found, name)[order] for name in ("theta", "value", "converged", "iterations")))
-        if not found.converged[0]:
-            last = minimise(problem, found.theta[0], weights, goal)
-            found.theta[0], found.value[0], found.converged[0] = last.theta[0], last.value[0], last.converged[0]
-            found.iterations[0] += last.iterations[0]
-        return found
-
-    def _refit(
-        self, problem: Regression, found: Solution, rows: Rows, goal: Objective, resamples: Resamples, free: int
-    ) -> tuple[Float[np.ndarray, "R P"], np.ndarray]:
-        """Each draw's own optimum: the better of the point fit's basin and a start of its own (`cold_starts`), or, for
-        a law without these, of every local optimum that the point fit met."""
-        optimum = found.theta[0]
-        samples = np.full((resamples.draws, len(self.parameters)), np.nan)
-        boundary = np.zeros(resamples.draws, bool)
-        others = _other_optima(found)
-        fitted = problem.model(optimum[None])[0]
-        with progress(resamples.draws, f"{self.name}: bootstrap") as advance:
-            for part, counts, data in resamples.chunks(fitted, problem.data, free):
-                weights, back = counts * rows.weights, np.arange(part.stop - part.start)
-                if data is None and rows.clusters is not None:  # a few clusters make few different draws
-                    weights, back = np.unique(weights, axis=0, return_inverse=True)
-                start_here = np.broadcast_to(optimum, (len(weights), len(optimum)))
-                best = minimise(problem, start_here, weights, goal, data=data)
-                theta, value, converged = best.theta, best.value, best.converged
-                own = problem.cold_starts(weights) if data is None else None
-                for start in [own] if own is not None else [np.broadcast_to(o, theta.shape) for o in others]:
-                    rival = minimise(problem, start, weights, goal, data=data)
-                    better = rival.converged & ((rival.value < value) | ~converged)
-                    theta = np.where(better[:, None], rival.theta, theta)
-                    value, converged = np.where(better, rival.value, value), converged | rival.converged
-                good = converged & ((weights > 0).sum(1) >= free)
-                back = back.reshape(-1)
-                boundary[part] = np.any((theta <= problem.lower) | (theta >= problem.upper), axis=1)[back]
-                samples[part] = np.where(good[:, None], problem.natural(theta), np.nan)[back]
-                advance(len(back))
-        return samples, boundary
-
-
-def _other_optima(found: Solution) -> list[np.ndarray]:
-    """Converged local optima that are worse by less than a factor two: one may be a resample's best."""
-    out: list[np.ndarray] = []
-    values = [found.value[0]]
-    for theta, value, converged in zip(found.theta[1:], found.value[1:], found.converged[1:], strict=True):
-        if converged and value < 2 * found.value[0] and all(value > v * (1 + 1e-4) for v in values):
-            out.append(theta)
-            values.append(value)
-    return out[:2]
 
 
 class Defined(Law):

@@ -44,7 +44,9 @@ class Parameter:
 
     def to_p(self, u: Any) -> Any:
         """Natural value of a solver coordinate, an array or a jet."""
-        return self.sign * np.exp(u) if self.sign else u
+        if not self.sign:
+            return u
+        return np.exp(u) if self.sign > 0 else -np.exp(u)
 
     @property
     def box(self) -> tuple[float, float]:

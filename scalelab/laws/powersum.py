@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from scalelab.laws.regression import Regression
+from scalelab.laws.solver import eliminate
 
 EXPONENTS = (1e-3, 4.0)  # what a fitted exponent may be
 LOG_TERM = (-35.0, 5.0)  # a term at the centre of the data, relative to the geometric mean of the loss
@@ -41,6 +42,9 @@ class PowerSum(Regression):
         for k, centre in enumerate(self.centres):
             self.to_units[1 + k, 1 + self.terms + k] = centre
         one = np.ones(self.rows)
+        self._relative = np.zeros((self.terms, 2 * self.terms + 1, self.rows))  # theta -> ln of a term over the floor
+        for k, x in enumerate(self.x):
+            self._relative[k, 0], self._relative[k, 1 + k], self._relative[k, 1 + self.terms + k] = -one, one, -x
         self._features = {
             (k, l): np.stack([one, self.x[k], self.x[l], self.x[k] * self.x[l]], axis=1)
             for k in range(self.terms)
@@ -70,63 +74,69 @@ class PowerSum(Regression):
         return self.shares(theta)[0]
 
     def shares(self, theta: Float[np.ndarray, "S P"]) -> tuple[Float[np.ndarray, "S n"], list[np.ndarray]]:
-        """ln of the model, and each term's share of it (floor first)."""
+        """ln of the model, and each term's share of it (floor first).
+
+        Terms are taken relative to the floor, which the box of theta keeps from overflowing.
+        """
         K = self.terms
-        logs = [np.broadcast_to(theta[:, :1], (len(theta), self.rows))]
-        logs += [theta[:, 1 + k, None] - theta[:, 1 + K + k, None] * self.x[k] for k in range(K)]
-        top = logs[0]
-        for u in logs[1:]:
-            top = np.maximum(top, u)
-        parts = [np.exp(u - top) for u in logs]
-        total = parts[0].copy()
-        for p in parts[1:]:
-            total += p
-        for p in parts:
-            p /= total
-        return top + np.log(total), parts
+        p = []
+        for k in range(K):
+            u = theta @ self._relative[k]
+            p.append(np.exp(u, out=u))
+        total = 1.0 + p[0]
+        for q in p[1:]:
+            total += q
+        floor = 1.0 / total
+        for q in p:
+            q *= floor
+        model = np.log(total, out=total)
+        model += theta[:, :1]
+        return model, [floor, *p]
 
     # ---------------------------------------------------------------------------------------- derivatives
 
     def evaluate(self, theta, weights, objective, data=None):
         """See `Regression`. With z = ln model and shares p_k: dz = sum_k p_k c_k for log-terms linear in theta,
-        d2z = sum_k p_k c_k c_k' - dz dz'; so every entry of the Hessian is a sum over rows of a product of shares
+        d2z = sum_k p_k c_k c_k' - dz dz'; so every entry of the matrices is a sum over rows of a product of shares
         times a monomial in the columns, which one matrix product per pair of terms gives."""
         K = self.terms
-        model, p = self.shares(theta)
-        residual = model - (self.data if data is None else data)
-        loss, slope, bend, robust = objective.rho(residual)
-        value = (weights * loss).sum(-1)
-        push = weights * slope
-        bend = weights * bend - push
+        residual, p = self.shares(theta)
+        residual -= self.data if data is None else data
+        loss, push, bend, robust = objective.rho(residual)
+        value = np.vecdot(weights, loss)
+        push = weights * push
+        bend = weights * bend
+        bend -= push
         robust = weights * robust
 
-        P = 2 * K + 1
-        gradient, metric = np.empty((len(theta), P)), np.empty((len(theta), P))
-        hessian = np.empty((len(theta), P, P))
-        pushed = [push * q for q in p]
-        bent = [bend * q for q in p]
-        gradient[:, 0] = pushed[0].sum(-1)
-        hessian[:, 0, 0] = (bent[0] * p[0]).sum(-1) + gradient[:, 0]
-        metric[:, 0] = (robust * p[0] ** 2).sum(-1)
+        S, P = theta.shape
+        gradient, hessian, metric = np.empty((S, P)), np.empty((S, P, P)), np.empty((S, P, P))
+        gradient[:, 0] = np.vecdot(push, p[0])
+        square = p[0] * p[0]
+        hessian[:, 0, 0] = np.vecdot(bend, square) + gradient[:, 0]
+        metric[:, 0, 0] = np.vecdot(robust, square)
         for k in range(K):
             c, g = 1 + k, 1 + K + k
-            first = pushed[1 + k] @ self._features[k, k][:, :2]
+            own = self._features[k, k]
+            pushed = push * p[1 + k]
+            first = pushed @ own
             gradient[:, c], gradient[:, g] = first[:, 0], -first[:, 1]
-            weight = (robust * p[1 + k] ** 2) @ self._features[k, k][:, ::3]
-            metric[:, c], metric[:, g] = weight[:, 0], weight[:, 1]
-            floor = (bent[0] * p[1 + k]) @ self._features[k, k][:, :2]
-            hessian[:, 0, c] = hessian[:, c, 0] = floor[:, 0]
-            hessian[:, 0, g] = hessian[:, g, 0] = -floor[:, 1]
+            pair = p[1 + k] * p[0]
+            for matrix, weight in ((hessian, bend), (metric, robust)):
+                s = (weight * pair) @ own
+                matrix[:, 0, c] = matrix[:, c, 0] = s[:, 0]
+                matrix[:, 0, g] = matrix[:, g, 0] = -s[:, 1]
             for l in range(k + 1):
                 d, h = 1 + l, 1 + K + l
-                pair = bent[1 + k] * p[1 + l]
-                if k == l:
-                    pair += pushed[1 + k]
-                s = pair @ self._features[k, l]
-                hessian[:, c, d] = hessian[:, d, c] = s[:, 0]
-                hessian[:, g, d] = hessian[:, d, g] = -s[:, 1]
-                hessian[:, c, h] = hessian[:, h, c] = -s[:, 2]
-                hessian[:, g, h] = hessian[:, h, g] = s[:, 3]
+                pair = p[1 + k] * p[1 + l]
+                for matrix, weight in ((hessian, bend), (metric, robust)):
+                    s = (weight * pair) @ self._features[k, l]
+                    if k == l and matrix is hessian:
+                        s += first
+                    matrix[:, c, d] = matrix[:, d, c] = s[:, 0]
+                    matrix[:, g, d] = matrix[:, d, g] = -s[:, 1]
+                    matrix[:, c, h] = matrix[:, h, c] = -s[:, 2]
+                    matrix[:, g, h] = matrix[:, h, g] = s[:, 3]
         return value, gradient, hessian, metric
 
     def jacobian(self, theta: Float[np.ndarray, " P"]) -> Float[np.ndarray, "n P"]:
@@ -141,7 +151,8 @@ class PowerSum(Regression):
         return self.grid_starts(weights[None], GRID, BLOCKS)[0, :count]
 
     def cold_starts(self, weights):
-        return self.grid_starts(weights, COARSE_GRID, 1)[:, 0]
+        parts = [self.grid_starts(weights[i : i + 512], COARSE_GRID, 1)[:, 0] for i in range(0, len(weights), 512)]
+        return np.concatenate(parts)
 
     def grid_starts(
         self, weights: Float[np.ndarray, "R n"], grid: np.ndarray, blocks: int
@@ -155,32 +166,27 @@ class PowerSum(Regression):
         K, G, R = self.terms, len(grid), len(weights)
         relative = np.exp(self.level - self.data)
         basis = [np.exp(-grid[:, None] * x) * relative for x in self.x]  # (G, n): X_k^-gamma / L
-        square = weights * relative**2
-        index = np.stack(np.meshgrid(*[np.arange(G)] * K, indexing="ij"), -1).reshape(-1, K)  # (G^K, K)
-        gram = np.empty((R, len(index), K + 1, K + 1))
-        right = np.empty((R, len(index), K + 1))
-        gram[..., 0, 0] = square.sum(-1)[:, None]
-        right[..., 0] = (weights @ relative)[:, None]
+        index = np.indices((G,) * K).reshape(K, -1)  # (K, G^K)
+        shape = (index.shape[1], R)
+        gram, right = np.empty((K + 1, K + 1, *shape)), np.empty((K + 1, *shape))
+        gram[0, 0] = relative**2 @ weights.T
+        right[0] = relative @ weights.T
         for k in range(K):
-            with_floor = (weights * relative) @ basis[k].T
-            gram[..., 0, k + 1] = gram[..., k + 1, 0] = with_floor[:, index[:, k]]
-            right[..., k + 1] = (weights @ basis[k].T)[:, index[:, k]]
-            gram[..., k + 1, k + 1] = (weights @ (basis[k] ** 2).T)[:, index[:, k]]
+            gram[0, k + 1] = gram[k + 1, 0] = ((basis[k] * relative) @ weights.T)[index[k]]
+            right[k + 1] = (basis[k] @ weights.T)[index[k]]
+            gram[k + 1, k + 1] = (basis[k] ** 2 @ weights.T)[index[k]]
             for l in range(k):
-                products = (basis[k][:, None] * basis[l][None]).reshape(G * G, -1)
-                both = (weights @ products.T).reshape(R, G, G)
-                gram[..., k + 1, l + 1] = gram[..., l + 1, k + 1] = both[:, index[:, k], index[:, l]]
-        size = np.sqrt(np.einsum("...ii->...i", gram))
-        scaled = gram / (size[..., :, None] * size[..., None, :]) + 1e-12 * np.eye(K + 1)
-        coefficient = np.linalg.solve(scaled, (right / size)[..., None])[..., 0] / size
+                both = np.stack([(row * basis[l]) @ weights.T for row in basis[k]])  # (G, G, R)
+                gram[k + 1, l + 1] = gram[l + 1, k + 1] = both[index[k], index[l]]
+        size = np.sqrt(np.einsum("ii...->i...", gram))
+        scaled = gram / (size[:, None] * size)
+        scaled[np.arange(K + 1), np.arange(K + 1)] += 1e-12
+        coefficient = eliminate(scaled, right / size)[0] / size
         # Coefficients are in units of the mean loss; a negative one restarts as a small positive term.
-        coefficient = np.maximum(coefficient, 1e-3)
-        score = np.einsum("...i,...ij,...j->...", coefficient, gram, coefficient) - 2 * (coefficient * right).sum(-1)
-        gamma = grid[index]
-        block = (index * blocks // G) @ (blocks ** np.arange(K))
-        best = np.stack(
-            [np.where(block == b, score, np.inf).argmin(-1) for b in range(blocks**K)], axis=-1
-        )  # (R, blocks^K)
-        best = np.take_along_axis(best, np.take_along_axis(score, best, 1).argsort(1), 1)
-        chosen = np.take_along_axis(coefficient, best[..., None], 1)
-        return np.concatenate([np.log(chosen) + self.level, gamma[best]], axis=-1)
+        coefficient = np.fmax(coefficient, 1e-3)
+        score = (coefficient * ((gram * coefficient).sum(1) - 2 * right)).sum(0)  # (G^K, R)
+        block = (blocks ** np.arange(K)) @ (index * blocks // G)
+        best = np.stack([np.where(block[:, None] == b, score, np.inf).argmin(0) for b in range(blocks**K)])
+        best = np.take_along_axis(best, np.take_along_axis(score, best, 0).argsort(0), 0)  # (S, R)
+        chosen = np.take_along_axis(coefficient, best[None], 1)  # (K + 1, S, R)
+        return np.concatenate([np.log(chosen) + self.level, grid[index[:, best]]]).T

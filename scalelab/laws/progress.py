@@ -10,11 +10,11 @@ PATIENCE = 2.0  # seconds before a bar appears
 
 
 @contextlib.contextmanager
-def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+def progress(total: int, label: str) -> Iterator[Callable[[float], None]]:
     """Yields `advance(steps)`. The bar goes to standard error and leaves nothing behind."""
-    began, done, bar, task = time.monotonic(), 0, None, None
+    began, done, bar, task = time.monotonic(), 0.0, None, None
 
-    def advance(steps: int) -> None:
+    def advance(steps: float) -> None:
         nonlocal done, bar, task
         done += steps
         if bar is None and done < total and time.monotonic() - began > PATIENCE:

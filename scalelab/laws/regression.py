@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from scalelab.errors import BadInput
-from scalelab.laws.jet import Jet, value_of
+from scalelab.laws.jet import Jet
 from scalelab.laws.objective import Objective
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ APART = 0.15  # how far starts lie from each other, as a share of the search box
 class Regression:
     """n rows, P coordinates. data: (n,) the target on the objective's scale. lower, upper: (P,) box of theta."""
 
+    load = 1  # numbers that one evaluation holds, relative to one with derivatives by hand
     rows: int
     lower: Float[np.ndarray, " P"]
     upper: Float[np.ndarray, " P"]
@@ -45,8 +46,10 @@ class Regression:
         weights: Float[np.ndarray, "S n"],
         objective: Objective,
         data: Float[np.ndarray, "S n"] | None = None,
-    ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "S P"], Float[np.ndarray, "S P P"], Float[np.ndarray, "S P"]]:
-        """Objective, gradient, Hessian, and the diagonal of the reweighted Gauss-Newton matrix."""
+    ) -> tuple[
+        Float[np.ndarray, " S"], Float[np.ndarray, "S P"], Float[np.ndarray, "S P P"], Float[np.ndarray, "S P P"]
+    ]:
+        """Objective, gradient, Hessian, and the iteratively reweighted Gauss-Newton matrix."""
         raise NotImplementedError
 
     def jacobian(self, theta: Float[np.ndarray, " P"]) -> Float[np.ndarray, "n P"]:
@@ -74,6 +77,8 @@ class Regression:
 
 class FormRegression(Regression):
     """Any law, from its formula."""
+
+    load = 3
 
     def __init__(self, law: Law, columns: Mapping[str, np.ndarray], on: str):
         self.law, self.on = law, on
@@ -117,26 +122,26 @@ class FormRegression(Regression):
             residual = np.broadcast_to(jet.value, shape) - (self.data if data is None else data)
             loss, slope, bend, robust = objective.rho(residual)
             value = np.where(np.isfinite(residual).all(1), (weights * loss).sum(-1), np.inf)
-            push, bent, metric_weight = weights * slope, weights * bend, weights * robust
-            gradient, metric, hessian = np.zeros((S, P)), np.zeros((S, P)), np.zeros((S, P, P))
-            items = sorted(jet.gradient.items())
-            for n, (i, gi) in enumerate(items):
-                gradient[:, i] = _dot(push, gi)
-                metric[:, i] = _dot(metric_weight, gi * gi)
-                weighted = bent * gi
-                for j, gj in items[n:]:
-                    hessian[:, i, j] = _dot(weighted, gj)
+            push, bent, robust = weights * slope, weights * bend, weights * robust
+            slopes = np.zeros((S, P, self.rows))
+            for i, g in jet.gradient.items():
+                slopes[:, i] = g
+            across = slopes.transpose(0, 2, 1)
+            gradient = (slopes @ push[:, :, None])[:, :, 0]
+            metric = (slopes * robust[:, None]) @ across
+            hessian = (slopes * bent[:, None]) @ across
             for (i, j), h in jet.hessian.items():
-                hessian[:, i, j] += _dot(push, h)
-            lower = np.tril_indices(P, -1)
-            hessian[:, lower[0], lower[1]] = hessian[:, lower[1], lower[0]]
+                term = _dot(push, h)
+                hessian[:, i, j] += term
+                if i != j:
+                    hessian[:, j, i] += term
             sound = np.isfinite(value) & np.isfinite(gradient).all(1) & np.isfinite(hessian).all((1, 2))
         value = np.where(sound, value, np.inf)
         return (
             value,
             np.where(sound[:, None], gradient, 0.0),
             np.where(sound[:, None, None], hessian, 0.0),
-            np.where(sound[:, None], metric, 1.0),
+            np.where(sound[:, None, None], metric, 0.0),
         )
 
     def jacobian(self, theta):
@@ -162,9 +167,12 @@ class FormRegression(Regression):
         (variable projection, Golub & Pereyra 1973); one that must be positive restarts small where it comes out not.
         """
         low, high = (np.array(ends) for ends in zip(*(s.search for s in self.specs), strict=True))
-        unit = low_discrepancy(CANDIDATES, len(self.specs))
-        theta = np.clip(low + unit * (high - low), self.lower, self.upper)
         linear = [i for i, s in enumerate(self.specs) if s.linear]
+        moving = [i for i in range(len(self.specs)) if i not in linear] or linear
+        candidates = min(CANDIDATES, 16 ** len(moving))
+        place = np.full((candidates, len(self.specs)), 0.5)
+        place[:, moving] = low_discrepancy(candidates, len(moving))
+        theta = np.clip(low + place * (high - low), self.lower, self.upper)
         lanes = max(1, (1 << 16) // self.rows)
         values = np.empty(len(theta))
         for i in range(0, len(theta), lanes):
@@ -179,8 +187,6 @@ class FormRegression(Regression):
         order = np.argsort(values, kind="stable")
         if not np.isfinite(values[order[0]]):
             raise BadInput(f"law {self.law.name}", "no finite value", "its formula gives NaN or infinity on this table")
-        place = (theta - low) / (high - low)
-        moving = [i for i in range(len(self.specs)) if i not in linear] or linear
         chosen: list[int] = []
         for k in order[np.isfinite(values[order])]:
             if all(np.abs(place[k] - place[c])[moving].max() > APART for c in chosen):
@@ -190,27 +196,22 @@ class FormRegression(Regression):
         return theta[chosen]
 
     def _solve_linear(self, theta: np.ndarray, linear: list[int], weights: np.ndarray) -> np.ndarray:
-        coordinates = [theta[:, i, None] for i in range(theta.shape[1])]
         target = np.exp(self.data) if self.on == "log" else self.data
         relative = np.sqrt(weights) / (np.abs(target) if self.on == "log" else 1.0)
-
-        def value(which: int | None) -> np.ndarray:
-            names = list(self.law.parameters)
-            p = self._namespace(coordinates)
-            for k in linear:
-                setattr(p, names[k], 1.0 if k == which else 0.0)
-            return np.broadcast_to(value_of(self.law.formula(p, self.columns)), (len(theta), self.rows))
-
+        p = self._namespace([theta[:, i, None] for i in range(theta.shape[1])])
+        names, S = list(self.law.parameters), len(theta)
+        for i in linear:
+            setattr(p, names[i], Jet.variable(np.zeros((S, 1)), i))
         with np.errstate(all="ignore"):
-            rest = value(None)
-            basis = np.stack([(value(k) - rest) * relative for k in linear], axis=-1)
-            right = (target - rest) * relative
+            jet = self.law.formula(p, self.columns)
+            basis = np.stack([np.broadcast_to(jet.gradient[i], (S, self.rows)) for i in linear], axis=1) * relative
+            right = (target - np.broadcast_to(jet.value, (S, self.rows))) * relative
         sound: Any = np.isfinite(basis).all((1, 2)) & np.isfinite(right).all(1)
         basis, right = np.where(sound[:, None, None], basis, 0.0), np.where(sound[:, None], right, 0.0)
-        gram = np.einsum("snk,snl->skl", basis, basis)
+        gram = basis @ basis.transpose(0, 2, 1)
         size = np.sqrt(np.maximum(np.einsum("skk->sk", gram), 1e-300))
         gram = gram / (size[:, :, None] * size[:, None, :]) + 1e-10 * np.eye(len(linear))
-        solution = np.linalg.solve(gram, (np.einsum("snk,sn->sk", basis, right) / size)[..., None])[..., 0] / size
+        solution = np.linalg.solve(gram, (basis @ right[:, :, None]) / size[:, :, None])[..., 0] / size
         out = theta.copy()
         for position, k in enumerate(linear):
             s, c = self.specs[k], solution[:, position]
@@ -250,7 +251,7 @@ class Constrained(Regression):
         self, base: Regression, names: Sequence[str], specs: Sequence[Any],
         fixed: Mapping[str, float], tied: Mapping[str, str],
     ):  # fmt: skip
-        self.base, self.rows, self.data = base, base.rows, base.data
+        self.base, self.rows, self.data, self.load = base, base.rows, base.data, base.load
         P = len(names)
         spread, offset = np.eye(P), np.zeros(P)
         gone: set[int] = set()
@@ -293,9 +294,8 @@ class Constrained(Regression):
         return self.base.model(self._full(theta))
 
     def evaluate(self, theta, weights, objective, data=None):
-        value, gradient, hessian, _ = self.base.evaluate(self._full(theta), weights, objective, data)
-        hessian = np.einsum("ia,sij,jb->sab", self.spread, hessian, self.spread, optimize=True)
-        metric = np.maximum(np.abs(np.einsum("saa->sa", hessian)), 1e-300)
+        value, gradient, *matrices = self.base.evaluate(self._full(theta), weights, objective, data)
+        hessian, metric = (self.spread.T @ matrix @ self.spread for matrix in matrices)
         return value, gradient @ self.spread, hessian, metric
 
     def jacobian(self, theta):
@@ -309,6 +309,10 @@ class Constrained(Regression):
 
     def starts(self, weights, objective, count):
         return self.base.starts(weights, objective, count)[:, self.keep]
+
+    def cold_starts(self, weights):
+        own = self.base.cold_starts(weights)
+        return None if own is None else own[:, self.keep]
 
 
 def low_discrepancy(n: int, dimensions: int) -> Float[np.ndarray, "n d"]:
@@ -324,7 +328,7 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Sum over rows of a product whose factors may be constant over rows or lanes."""
     if b.shape[-1] == 1 and a.shape[-1] != 1:
         return a.sum(-1) * np.broadcast_to(b, (*b.shape[:-1], 1))[..., 0]
-    return (a * b).sum(-1)
+    return np.vecdot(a, b)
 
 
 def _position(names: Sequence[str], name: str, field: str) -> int:

@@ -17,7 +17,7 @@ from scalelab.laws.table import Rows
 
 METHODS = ("pairs", "wild", "parametric")
 ROUNDS = 50  # attempts at drawing a resample that can be fitted at all
-ELEMENTS = 1 << 22  # draws x rows in memory at once
+ELEMENTS = 1 << 20  # draws x rows in memory at once
 
 
 class Resamples:
@@ -91,16 +91,13 @@ class Resamples:
         size = max(1, ELEMENTS // n)
         rng = np.random.default_rng(self.seed)
         residual = data - fitted
-        again = np.random.default_rng([self.seed, 1])
         for start in range(0, self.draws, size):
             part = slice(start, min(start + size, self.draws))
             k = part.stop - part.start
             if self.indices is not None:
-                counts = np.zeros((k, n))
-                np.add.at(counts, (np.arange(k)[:, None], self.indices[part]), 1.0)
-                yield part, counts, None
+                yield part, _count(self.indices[part], n) * 1.0, None
             elif self.method == "pairs":
-                yield part, self._pairs(rng, again, k), None
+                yield part, self._pairs(rng, part), None
             else:
                 if self.method == "wild":
                     sign = rng.integers(2, size=(k, self.groups))[:, self.group] * 2.0 - 1.0
@@ -112,30 +109,38 @@ class Resamples:
                 drawn[:, self.order] = fitted[self.order] + noise
                 yield part, np.ones((k, n)), drawn
 
-    def _pairs(self, rng: np.random.Generator, again: np.random.Generator, k: int) -> np.ndarray:
-        counts = self._tally(rng, k)
-        wanting = np.flatnonzero(self.wanting(counts))
-        for _ in range(ROUNDS):  # a draw with too few different rows cannot be fitted: it is drawn again
-            if not len(wanting):
-                break
-            self.redrawn += len(wanting)
-            counts[wanting] = self._tally(again, len(wanting))
-            wanting = wanting[self.wanting(counts[wanting])]
+    def _pairs(self, rng: np.random.Generator, part: slice) -> np.ndarray:
+        counts = self._tally(rng, part.stop - part.start)
+        for i in np.flatnonzero(self.wanting(counts)):
+            again = np.random.default_rng([self.seed, 1, part.start + i])
+            for _ in range(ROUNDS):  # too few different rows cannot be fitted: drawn again
+                self.redrawn += 1
+                counts[i] = self._tally(again, 1)[0]
+                if not self.wanting(counts[[i]])[0]:
+                    break
         return counts
 
     def wanting(self, counts: Float[np.ndarray, "k n"]) -> np.ndarray:
         """Which draws have too few different rows to be fitted."""
-        return (counts > 0).sum(1) < self.distinct
+        return np.count_nonzero(counts, axis=1) < self.distinct
 
     def _tally(self, rng: np.random.Generator, k: int) -> np.ndarray:
-        tally = np.zeros((k, self.groups))
-        lane = np.arange(k)[:, None]
-        for members in self.strata:
-            picked = members[rng.integers(len(members), size=(k, len(members)))]
-            np.add.at(tally, (lane, picked), 1.0)
+        if len(self.strata) == 1:
+            picked = rng.integers(self.groups, size=(k, self.groups))
+        else:  # every place draws from its own stratum
+            picked = np.empty((k, self.groups), int)
+            uniform = rng.random((k, self.groups))
+            for members in self.strata:
+                picked[:, members] = members[(uniform[:, members] * len(members)).astype(int)]
         counts = np.empty((k, len(self.rows)))
-        counts[:, self.order] = tally[:, self.group]
+        counts[:, self.order] = _count(picked, self.groups)[:, self.group]
         return counts
+
+
+def _count(picked: Int[np.ndarray, "k m"], size: int) -> Int[np.ndarray, "k size"]:
+    """How often each row of `picked` names each of 0, ..., size - 1."""
+    flat = picked + size * np.arange(len(picked))[:, None]
+    return np.bincount(flat.ravel(), minlength=len(picked) * size).reshape(len(picked), size)
 
 
 def _positions(rows: Rows, indices: np.ndarray) -> np.ndarray:

@@ -235,7 +235,7 @@ def test_at_bound():
 
 def test_solver_failures_withhold_intervals(monkeypatch):
     """A solver that stops at once: not converged, few starts agree, and no interval is given."""
-    from scalelab.laws import law as module
+    from scalelab.laws import search as module
 
     real = module.minimise
     monkeypatch.setattr(

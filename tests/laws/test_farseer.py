@@ -12,8 +12,8 @@ from scalelab.errors import BadInput
 from scalelab.laws.forms import Farseer
 from scalelab.laws.forms.farseer import stretch
 from scalelab.laws.jet import Jet
-from scalelab.laws.law import Law
 from scalelab.laws.objective import SQUARES
+from scalelab.laws.search import polish
 
 ROOT = pathlib.Path(__file__).parents[2]
 PRINTED = Farseer.published["Li 2025"]
@@ -149,7 +149,7 @@ def test_random_starts_reach_the_goal(points, fit):
     problem, _ = fit.solved
     draws = np.random.default_rng(0).random((200, 6))
     starts = problem.base.settle(problem.base.draw(draws), fit.rows.weights, SQUARES)[:, problem.keep]
-    found = Law._polish(problem, starts, fit.rows.weights, SQUARES)
+    found = polish(problem, starts, fit.rows.weights, SQUARES)
     loss = fit.law.evaluate(problem.natural(found.theta), {r: points[r].to_numpy() for r in ("params", "tokens")})
     reached = ((loss - points.loss.to_numpy()) ** 2).sum(1) <= GOAL
     assert reached.mean() >= 0.8, reached.mean()
