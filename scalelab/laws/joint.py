@@ -107,10 +107,11 @@ class Blocks(Regression):
 
     def evaluate(self, theta, weights, objective, data=None):
         S, Q = theta.shape
-        value, gradient, metric, hessian = np.zeros(S), np.zeros((S, Q)), np.zeros((S, Q)), np.zeros((S, Q, Q))
+        value, gradient = np.zeros(S), np.zeros((S, Q))
+        hessian, metric = np.zeros((2, S, Q, Q))
         for k, (part, rows) in enumerate(zip(self.parts, self.members, strict=True)):
             b = self._block(k)
-            v, gradient[:, b], hessian[:, b, b], metric[:, b] = part.evaluate(
+            v, gradient[:, b], hessian[:, b, b], metric[:, b, b] = part.evaluate(
                 np.ascontiguousarray(theta[:, b]), weights[:, rows], objective, None if data is None else data[:, rows]
             )
             value += v

@@ -171,9 +171,9 @@ class BetaBinomial(Regression):
         bend[:, [0, 1], [0, 1]] -= second[:, :2]
         gradient = slope * p
         hessian = bend * p[:, :, None] * p[:, None, :]
-        metric = np.einsum("sii->si", hessian).copy()
+        metric = np.maximum(np.abs(np.einsum("sii->si", hessian)), 1e-12)[:, :, None] * np.eye(2)
         hessian[:, [0, 1], [0, 1]] += gradient
-        return value[:, 2] - value[:, 0] - value[:, 1], gradient, hessian, np.maximum(np.abs(metric), 1e-12)
+        return value[:, 2] - value[:, 0] - value[:, 1], gradient, hessian, metric
 
 
 def _derived(theta: Float[np.ndarray, "R 2"]) -> Float[np.ndarray, "R 4"]:

@@ -207,7 +207,8 @@ class SharedFit(Fit):
         floor = 0.5 * weights.sum() * (1e-12 * max(1.0, float(np.abs(problem.data).max()))) ** 2  # rounding
 
         def statistic(shared: np.ndarray, loose: np.ndarray) -> np.ndarray:
-            return (np.maximum(shared - loose, 0.0) / constraints) / ((loose + floor) / max(1, n - P))
+            rise = (np.maximum(shared - loose, 0.0) / constraints) / ((loose + floor) / max(1, n - P))
+            return np.where(rise < 1e-6, 0.0, rise)  # of an exact fit: where two searches stopped, no evidence
 
         observed = float(statistic(np.array(self.record["value"]), best.value.min()))
         residual = problem.data - free.model(at[None])[0]

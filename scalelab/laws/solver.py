@@ -169,7 +169,9 @@ def _by_elimination(matrix, slope, damping):
     solution, pivots = eliminate(systems.reshape(P, P, 2 * S), right.reshape(P, 2 * S))
     solution = solution.reshape(P, 2, S)
     bent = np.flatnonzero(~(pivots[:, :S] > 1e-10).all(0))
-    return solution[:, 1].T.copy(), 0.5 * np.vecdot(slope.T, solution[:, 0], axis=0), bent
+    with np.errstate(invalid="ignore", over="ignore"):  # of the void lanes
+        promise = 0.5 * np.vecdot(slope.T, solution[:, 0], axis=0)
+    return solution[:, 1].T.copy(), promise, bent
 
 
 def _by_eigenvalues(matrix, slope, metric, damping):
