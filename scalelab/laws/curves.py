@@ -22,6 +22,8 @@ from scalelab.laws.table import Table, _frame, _numbers
 
 NODES = 96  # the most changes that a row's history is gathered into
 LONGEST = 1 << 20  # steps of a curve: what NODES are enough for
+ROWS = 1 << 12  # rows worked on at once
+MOST = 1 << 18  # rows in all, whose features take 0.8 GB
 
 LR_SUM = "lr_sum"
 DROP, RATE, SINCE, AGE = (
@@ -29,9 +31,7 @@ DROP, RATE, SINCE, AGE = (
 )
 
 
-def curve_features(
-    table: Table, columns: Mapping[str, str] | None = None, target: str | None = None, keep: bool = True
-) -> pd.DataFrame:
+def curve_features(table: Table, columns: Mapping[str, str] | None = None, target: str | None = None) -> pd.DataFrame:
     """The table with the columns that laws of a whole loss curve take.
 
     Args:
@@ -41,7 +41,9 @@ def curve_features(
         warm-up, the two steps on either side of a jump, or simply all steps.
       columns: role -> column, as in `laws.fit`.
       target: leave out rows where this column is NaN, whose history still counts.
-      keep: keep the table's own columns too.
+
+    The laws call this themselves; call it first to pick rows afterwards, for every row that comes back carries its
+    history, while a table without its early rows has lost it.
 
     Adds, for each row: `lr_sum`, S1 = the sum of the rates up to and including its step, and up to `NODES` changes of
     the rate before it: `lr_drop_j` (by how much it fell; negative where it rose), `lr_then_j` (the rate after the
@@ -49,8 +51,8 @@ def curve_features(
     one included; 0 for the rise of the warm-up). A column `run` is added where there is none, so that a curve's points
     are one cluster.
 
-    Raises `BadInput` for rates below 0, steps that are no counts, two rows of a curve at one step, and curves of more
-    than 1,048,576 steps.
+    Raises `BadInput` for rates below 0, steps that are no counts, two rows of a curve at one step, curves of more than
+    1,048,576 steps, and more than 262,144 rows wanted.
     """
     frame = _frame(table)
     names = {role: (columns or {}).get(role, role) for role in ("schedule", "step", "lr")}
@@ -68,7 +70,11 @@ def curve_features(
         column = (columns or {}).get(target, target)
         if column in frame:
             wanted = frame[column].notna().to_numpy()
-    values = np.zeros((len(frame), 1 + 4 * NODES))
+    if wanted.sum() > MOST:
+        remedy = f"at most {MOST} may have features: leave rows out, or give most no {target or 'loss'}"
+        raise BadInput("table", f"{int(wanted.sum())} rows", remedy)
+    values = np.empty((int(wanted.sum()), 1 + 4 * NODES))
+    place = np.cumsum(wanted) - 1
     curve = pd.factorize(frame[names["schedule"]])[0]
     if (curve < 0).any():
         raise BadInput(f"column {names['schedule']}", None, "names no curve in some row")
@@ -85,12 +91,12 @@ def curve_features(
             raise BadInput(f"column {names['step']}", int(at[-1]), f"curves may have up to {LONGEST} steps")
         history = History.of(_every_step(at, lr[order]))
         mine = rows[wanted[rows]]
-        values[mine] = history.at(step[mine].astype(int))
-    features = pd.DataFrame(values[wanted], columns=[LR_SUM, *DROP, *RATE, *SINCE, *AGE], index=frame.index[wanted])
-    if not keep:
-        return features
+        for i in range(0, len(mine), ROWS):
+            part = mine[i : i + ROWS]
+            values[place[part]] = history.at(step[part].astype(int))
+    features = pd.DataFrame(values, columns=[LR_SUM, *DROP, *RATE, *SINCE, *AGE], index=frame.index[wanted])
     clash = [column for column in features if column in frame]
-    kept = frame[wanted].drop(columns=clash)
+    kept = frame.loc[wanted].drop(columns=clash)
     if "run" not in kept and "id" not in kept:
         kept = kept.assign(run=kept[names["schedule"]])
     return pd.concat([kept, features], axis=1)

@@ -197,6 +197,9 @@ def test_bad_curves():
         curve_features(good.assign(schedule=None))
     with pytest.raises(BadInput, match="1048576"):
         curve_features(good.assign(step=good.step * 1000))
+    many = pd.DataFrame({"schedule": np.repeat([1, 2, 3], 100_000), "step": np.tile(np.arange(100_000), 3), "lr": 1e-3})
+    with pytest.raises(BadInput, match="leave rows out"):
+        curve_features(many)
     with pytest.raises(BadInput, match="nonpositive"):
         laws.fit("annealing", planted("annealing").assign(loss=-1.0))
 
@@ -208,9 +211,10 @@ def test_columns_may_have_other_names():
     other = table.rename(columns=names)
     fit = laws.fit("annealing", other, columns=names, bootstrap=0)
     np.testing.assert_array_equal(fit.estimate, plain.estimate)
-    predicted = fit.predict(other)
-    np.testing.assert_array_equal(predicted, plain.predict(table))
-    assert list(other.index.difference(predicted.index)) == [0, 3001, 6002]  # step 0 of each curve
+    few = other.s % 10 == 0
+    predicted = fit.predict(other[few])
+    np.testing.assert_array_equal(predicted, plain.predict(table[few]))
+    assert list(other.index[few].difference(predicted.index)) == [0, 3001, 6002]  # step 0 of each curve
 
 
 # ------------------------------------------------------------------------------------------------ published curves

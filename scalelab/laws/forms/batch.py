@@ -70,8 +70,9 @@ def least_examples(fit: Fit, level: float = 0.95) -> pd.Series:
     """Ex_min = S_min B_crit of a `critical-batch` fit, in the unit of its batches: estimate, lower, upper."""
     if not isinstance(fit.law, CriticalBatch):
         raise BadInput("fit", fit.law.name, "must be of the critical-batch law")
-    lower, upper = fit.interval(fit.samples.prod(axis=1, keepdims=True), level)
-    return pd.Series({"estimate": float(fit.estimate.prod()), "lower": lower[0], "upper": upper[0]}, name="Ex_min")
+    derived = fit.derive(lambda p: p.S_min * p.B_crit, level)
+    assert isinstance(derived, pd.Series)
+    return derived.rename("Ex_min")
 
 
 def critical_batch(loss: ArrayLike) -> Any:
