@@ -82,7 +82,7 @@ def calibrate(fit: Fit, n: int = 200, level: float = 0.95, C: float | None = Non
         best = target.quantities(fit.estimate[None])
         if np.isfinite(best["params"][0]):
             N = float(best["params"][0])
-            point |= {"params": N, "tokens": N * float(best["D/N"][0])}
+            point |= {law.paid: N, "tokens": N * float(best["D/N"][0])}
     complete = set(law.inputs) <= set(point)
     columns = {role: np.array([point[role]]) for role in law.inputs} if complete else {}
     truth = np.append(fit.estimate[which], law.evaluate(fit.estimate[None], columns)[0] if complete else np.nan)

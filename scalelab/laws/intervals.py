@@ -164,16 +164,12 @@ def own_coordinate(fit: Fit, name: str) -> tuple[Float[np.ndarray, " P"], float,
 
 def standard_errors(fit: Fit) -> pd.Series:
     """Of each parameter on its natural scale, from influence functions; 0 for fixed ones. Needs no refits."""
-    found = curvature(fit).covariance()
-    out = {}
-    for name, value in fit.params.items():
-        if name in fit.options.fixed:
-            out[name] = 0.0
-            continue
-        row, _, _ = own_coordinate(fit, str(name))
-        size = abs(value) if fit.law.parameters[str(name)].sign else 1.0  # du = dp / p where u is a logarithm
-        out[name] = size * float(np.sqrt(max(row @ found @ row, 0.0)))
-    return pd.Series(out, name="se")
+    problem, theta = fit.solved
+    step = 1e-6 * np.maximum(np.abs(theta), 1e-2)
+    up, down = (problem.natural(theta + sign * np.diag(step)) for sign in (1, -1))
+    slope = (up - down).T / (2 * step)  # d parameter / d theta
+    variance = np.einsum("ip,pq,iq->i", slope, curvature(fit).covariance(), slope)
+    return pd.Series(np.sqrt(np.maximum(variance, 0.0)), index=list(fit.names), name="se")
 
 
 # ------------------------------------------------------------------------------------------------ profile
@@ -246,6 +242,12 @@ def profile(fit: Fit, name: str, level: float = 0.95) -> Profile:
     problem, theta = fit.solved
     spec = fit.law.parameters[name]
     row, constant, pivot = own_coordinate(fit, name)
+    moved = theta + np.linspace(0.01, 0.02, len(theta))
+    own = spec.to_u(problem.natural(moved[None])[0, fit.names.index(name)])
+    if not np.isclose(own, row @ moved + constant, rtol=1e-6, atol=1e-9):
+        raise BadInput(
+            "parameter", name, f"{fit.law.name} is fitted in coordinates in which it cannot be held: no profile"
+        )
     shape = curvature(fit)
     flat = float(row @ shape.inverse @ row)
     u, lowest = float(row @ theta), float(fit.record["value"])

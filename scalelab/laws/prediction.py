@@ -33,7 +33,8 @@ class Prediction:
         rng = np.random.default_rng(fit.options.seed)
         noise = rng.choice(residual - np.median(residual), size=curve.shape) * np.sqrt(n / max(1, n - P))
         runs = curve * np.exp(noise) if fit.options.objective.on == "log" else curve + noise
-        obs_lower, obs_upper = fit.interval(runs, level)
+        possible = fit.law.ranges.get(fit.law.target, (-np.inf, np.inf))
+        obs_lower, obs_upper = fit.interval(np.clip(runs, *possible), level)
         usable = np.isfinite(lower)
         with np.errstate(invalid="ignore"):
             se = np.where(usable, _std(curve), np.nan)

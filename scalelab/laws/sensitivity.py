@@ -54,10 +54,12 @@ def refit_weighted(fit: Fit, rows: Rows, goal: Objective, weights: Float[np.ndar
     """Parameters at the best optimum of each row of weights, from the fit's own and a few spread starts; NaN where
     none was reached or too few different inputs are left."""
     law = fit.law
-    problem = law._regression(rows, fit.options.replace(objective=goal))
-    starts = np.concatenate([
-        problem.internal(fit.estimate[None]), problem.starts(weights[0], goal, STARTS)
-    ])  # fmt: skip
+    try:
+        problem = law._regression(rows, fit.options.replace(objective=goal))
+        spread = problem.starts(weights[0], goal, STARTS)
+    except BadInput:  # the target, or the law all over its search box, has no logarithm
+        return np.full((len(weights), len(fit.names)), np.nan)
+    starts = np.concatenate([problem.internal(fit.estimate[None]), spread])
     k, S = len(starts), len(weights)
     lanes, repeated = np.tile(starts, (S, 1)), np.repeat(weights, k, axis=0)
     lead = minimise(problem, lanes, repeated, goal.widened(10), tolerance=1e-4, max_iterations=30)

@@ -10,6 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from scalelab.laws import residuals
+from scalelab.laws.checks import free_names
 from scalelab.laws.intervals import curvature, refits, student_quantile
 from scalelab.laws.notices import Notice, name_rows
 from scalelab.laws.objective import LOG_SQUARES, SQUARES, Objective
@@ -335,11 +336,10 @@ def _of_bootstrap(fit: Fit) -> Iterator[Notice]:
     good = fit.samples[np.isfinite(fit.samples).all(1)]
     if len(good) < 20 or fit.options.objective.kind == "lower-edge":
         return
-    # of exponents and the like: what the solver moves as it is, so that its error is the parameter's own
-    plain = [n for n in fit.names if not fit.law.parameters[n].sign and n not in fit.options.fixed]
-    error = np.array([fit.standard_errors[n] for n in plain])
-    theirs = [fit.names.index(n) for n in plain]
-    width = np.subtract(*np.quantile(good[:, theirs], [0.975, 0.025], axis=0)) / (2 * 1.96)
+    # of exponents and the like, in the solver's coordinates, which a form may choose as it likes
+    plain = [i for i, n in enumerate(free_names(fit)) if not fit.law.parameters[n].sign]
+    error = np.sqrt(np.diag(curvature(fit).covariance()))[plain]
+    width = np.subtract(*np.quantile(fit.solved[0].internal(good)[:, plain], [0.975, 0.025], axis=0)) / (2 * 1.96)
     if (width < 0.2 * error).any():
         yield Notice(
             "bootstrap-degenerate",

@@ -52,9 +52,14 @@ def target_of(fit: Fit, C: float | None = None) -> Target:
     if law.allocates and rows.has_compute:
         if C is not None and not (np.isfinite(C) and C > 0):
             raise BadInput("C", C, "must be positive FLOPs")
-        rest = {r: float(np.median(rows.columns[r])) for r in law.inputs if r not in ("params", "tokens")}
+        rest = {r: _middle(rows.columns[r]) for r in law.inputs if r not in (law.paid, "tokens")}
         return Target(law, float(FURTHER * rows.compute.max() if C is None else C), rest)
     if C is not None:
         raise BadInput("C", C, f"{law.name} allocates no compute: leave it out, for the loss at the largest run")
     largest = int(np.argmax(scale_of(fit)[0]))
     return Target(law, None, {role: float(rows.columns[role][largest]) for role in law.inputs})
+
+
+def _middle(values: np.ndarray) -> float:
+    """The middle one of the values that there are: also of labels and of experts, which have no mean."""
+    return float(np.sort(values)[len(values) // 2])
