@@ -11,6 +11,7 @@ NumPy and pandas only: no JAX, no model, no plot is imported before it is asked 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from scalelab.errors import BadInput
@@ -25,6 +26,8 @@ from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
 from scalelab.laws.parameter import Parameter, free, negative, positive
 from scalelab.laws.passk import BetaTail, beta_tail, coverage_table, pass_at_k
+from scalelab.laws.rank import Ranking
+from scalelab.laws.rank import rank as _rank
 from scalelab.laws.table import Table, read_table
 from scalelab.laws.validate import Holdout, budgets
 
@@ -40,6 +43,7 @@ __all__ = [
     "Notice",
     "Objective",
     "Parameter",
+    "Ranking",
     "available",
     "beta_tail",
     "budgets",
@@ -54,6 +58,7 @@ __all__ = [
     "negative",
     "pass_at_k",
     "positive",
+    "rank",
     "read_table",
 ]
 __all__ += forms.__all__
@@ -71,6 +76,16 @@ def fit(law: str | Law, table: Table, **options: Any) -> Fit:
             raise BadInput("law", law, f"must be one of {', '.join(available())}")
         law = LAWS[law]()
     return law.fit(table, **options)
+
+
+def rank(table: Table, forms: Sequence[str | Law], *, cut: float | None = None, **options: Any) -> Ranking:
+    """Fit several laws to the same runs and rank them by their error on the runs of at least `cut` FLOPs.
+
+    Forms whose difference noise alone could make are tied; the noise is that between seeds of the same inputs, or,
+    with a note `seed-noise-unknown`, the residuals' scatter. Options as in `Law.fit`; no bootstrap by default. Raises
+    `BadInput` where the forms do not predict the same target of the same rows.
+    """
+    return _rank(table, forms, cut=cut, known=LAWS, **options)
 
 
 def load(path: str | os.PathLike[str], law: Law | None = None) -> Any:

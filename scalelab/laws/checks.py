@@ -7,17 +7,18 @@ Codes and thresholds follow the checklist of published pitfalls (constant D/N, o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scalelab.errors import BadInput
+from scalelab.laws import context
+from scalelab.laws.diagnose import information
 from scalelab.laws.notices import Notice, name_rows
 
 if TYPE_CHECKING:
     from scalelab.laws.fit import Fit
     from scalelab.laws.law import Law
-    from scalelab.laws.objective import Objective
     from scalelab.laws.regression import Regression
     from scalelab.laws.table import Rows
 
@@ -51,16 +52,17 @@ def of_solution(fit: Fit) -> Iterator[Notice]:
     """Every finding that needs no refit: of the design, the columns, the solution."""
     yield from _of_design(fit.rows, fit.law, fit.record["free"])
     yield from _of_columns(fit.rows, fit.law)
+    yield from context.findings(fit.rows, fit.law)
     yield from _of_solution(fit, *fit.solved)
     yield from fit.law.findings(fit)
 
 
 def of_studies(fit: Fit) -> Iterator[Notice]:
     """Every finding that needs refits."""
-    if not fit.converged:
-        return
-    yield from _of_rows(fit)
-    yield from _of_bootstrap(fit, *fit.solved)
+    from scalelab.laws import studies  # stands on the fits that this module checks
+
+    if fit.converged:
+        yield from studies.findings(fit)
 
 
 # ------------------------------------------------------------------------------------------------ the data
@@ -190,7 +192,17 @@ def _of_solution(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[N
                 "look for a term that the data do not determine, or for a loss that another term explains.",
                 {"parameter": name, "bound": float(bound)},
             )
-    E, lowest = float(fit.params.get("E", np.nan)), float(fit.observed.min())
+    unmoved = [n for n, column in zip(names, jacobian.T, strict=True) if np.abs(column).max() < 1e-12]
+    if unmoved:
+        yield Notice(
+            "at-start",
+            "error",
+            f"no row depends on {', '.join(unmoved)}: the value shown is where the search began.",
+            "vary the input that it multiplies, or hold it: fixed={...}.",
+            {"parameters": unmoved},
+        )
+    E = float(fit.estimate[fit.names.index("E")]) if "E" in fit.names else float("nan")
+    lowest = float(fit.observed.min())
     if "E" in terms and np.abs(terms["E"]).max() < 1e-5:
         yield Notice(
             "E-below-zero",
@@ -219,11 +231,7 @@ def _of_solution(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[N
                 {"term": name, "largest_share": float(np.abs(share).max())},
             )
 
-    residual = problem.model(theta[None])[0] - problem.data
-    weight = fit.rows.weights * fit.options.objective.rho(residual)[3]
-    information = jacobian.T @ (weight[:, None] * jacobian)
-    scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
-    value, vector = np.linalg.eigh(information / np.outer(scale, scale))
+    value, vector = information(fit)
     # A full-rank design as wide as a real sweep gives 1e-4 to 1e-6; a line in (N, D) gives rounding.
     if value[0] < 1e-8:
         weak = [names[i] for i in np.argsort(-np.abs(vector[:, 0])) if abs(vector[i, 0]) > 0.25]
@@ -236,94 +244,17 @@ def _of_solution(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[N
         )
 
 
-def _of_rows(fit: Fit) -> Iterator[Notice]:
-    residual = fit.resid.to_numpy()
-    centre = np.median(residual)
-    scale = max(1.4826 * float(np.median(np.abs(residual - centre))), 1e-9)
-    far = np.abs(residual - centre) / scale
-    if not (far > 8).any() or (far <= 8).sum() <= fit.record["free"]:
-        return
-    without = fit.refit(fit.rows.take(far <= 8)).estimate
-    moved = ", ".join(f"{n} {v:.4g}" for n, v in zip(fit.names, without, strict=True))
-    # A run that ends 30 % above the law has not merely noise: it diverged, or is of another kind.
-    for code, which in (
-        ("diverged-run", (far > 8) & (residual > 0.26)),
-        ("outlier-row", (far > 8) & (residual <= 0.26)),
-    ):
-        if which.any():
-            names = [n for n, w in zip(fit.rows.names, which, strict=True) if w]
-            yield Notice(
-                code,
-                "warning",
-                f"{name_rows(names)}: {far[which].max():.0f} robust scales off the law "
-                f"({np.expm1(np.abs(residual[which]).max()):.1%} in loss). Without rows beyond 8 scales: {moved}.",
-                "look at these runs' curves; leave them out with a reason, or say that they stayed in.",
-                {
-                    "rows": names,
-                    "scales": far[which].tolist(),
-                    "params_without": dict(zip(fit.names, without.tolist(), strict=True)),
-                },
-            )
-
-
-def _of_bootstrap(fit: Fit, problem: Regression, theta: np.ndarray) -> Iterator[Notice]:
-    draws = fit.record["draws"]
-    if not draws:
-        return
-    bad = fit.record["draws_failed"] + fit.record["draws_at_boundary"]
-    numbers: dict[str, Any] = {k: fit.record[f"draws_{k}"] for k in ("failed", "at_boundary", "redrawn")}
-    if bad > 0.05 * draws:
-        yield Notice(
-            "bootstrap-degenerate",
-            "warning",
-            f"{numbers['failed']} of {draws} refits failed and {numbers['at_boundary']} ended on a bound.",
-            "the intervals are rough: add runs.",
-            numbers,
-        )
-        return
-    error = sandwich(problem, theta, fit.rows.weights, fit.options.objective)
-    good = fit.samples[np.isfinite(fit.samples).all(1)]
-    if error is None or len(good) < 20:
-        return
-    # of exponents and the like, in the solver's coordinates, which a form may choose as it likes
-    mine = np.array([i for i, n in enumerate(free_names(fit)) if not fit.law.parameters[n].sign], int)
-    width = np.subtract(*np.quantile(problem.internal(good)[:, mine], [0.975, 0.025], axis=0)) / (2 * 1.96)
-    error = error[mine]
-    if (width < 0.2 * error).any():
-        yield Notice(
-            "bootstrap-degenerate",
-            "warning",
-            "the bootstrap intervals are under a fifth of the Hessian's standard errors: refits that stop early, or "
-            "draws that are no resamples.",
-            "check the draws given; report this table as a bug otherwise.",
-            numbers | {"bootstrap": width.tolist(), "hessian": error.tolist()},
-        )
-
-
-def sandwich(problem: Regression, theta: np.ndarray, weights: np.ndarray, objective: Objective) -> np.ndarray | None:
-    """Standard errors of theta from curvature and scores (Huber 1967), None where too few rows have curvature."""
-    hessian = problem.evaluate(theta[None], weights[None], objective)[2][0]
-    jacobian = problem.jacobian(theta)
-    residual = problem.model(theta[None])[0] - problem.data
-    _, slope, bend, _ = objective.rho(residual)
-    curved = np.broadcast_to(bend, residual.shape) > 0
-    if curved.sum() < 2 * len(theta) or np.linalg.eigvalsh(hessian)[0] <= 0:
-        return None
-    score = jacobian * (weights * slope)[:, None]
-    inverse = np.linalg.inv(hessian)
-    return np.sqrt(np.maximum(np.diag(inverse @ (score.T @ score) @ inverse), 0))
-
-
 # ------------------------------------------------------------------------------------------------ the use
 
 
 def extrapolation(fit: Fit, columns: Mapping[str, np.ndarray], flops: np.ndarray | None = None) -> None:
     """Adds `far-extrapolation` where N, D, D/N or C lie outside the fitted range: beyond a decade it warns."""
+    rows = fit.rows
     roles = [role for role in fit.law.inputs if role != fit.law.group and role not in fit.law.may_be_zero]
-    known = {SYMBOL.get(role, role): fit.rows.columns[role] for role in roles}
+    known = {SYMBOL.get(role, role): rows.columns[role] for role in roles}
     wanted = {SYMBOL.get(role, role): columns[role] for role in roles if role in columns}
     if {"N", "D"} <= set(known) and {"N", "D"} <= set(wanted):
-        known |= {"C": fit.rows.compute, "D/N": known["D"] / known["N"]}
+        known |= {"C": rows.compute, "D/N": known["D"] / known["N"]}
         wanted |= {"C": 6.0 * wanted["N"] * wanted["D"] if flops is None else flops, "D/N": wanted["D"] / wanted["N"]}
     distance = {}
     for name in sorted(known.keys() & wanted.keys()):
@@ -338,6 +269,16 @@ def extrapolation(fit: Fit, columns: Mapping[str, np.ndarray], flops: np.ndarray
     furthest = max(distance.values())
     if any(n.code == "far-extrapolation" and max(n.numbers["decades"].values()) >= furthest for n in fit.notices):
         return
+    if rows.has_compute and distance.get("C", 0.0) > (span := float(np.log10(rows.compute.max() / rows.compute.min()))):
+        fit.add(
+            Notice(
+                "narrow-range",
+                "warning",
+                f"asked {distance['C']:.2f} decades of compute beyond runs that span {span:.2f}.",
+                "ask nearer, or train larger runs first.",
+                {"decades": span, "distance": distance["C"]},
+            )
+        )
     held = fit.holdout()
     error = (
         f"held-out error at {held.distance:.2f} decades: {held.error:.2%}" if held.ok else "no held-out error is known"
@@ -365,3 +306,35 @@ def no_optimum(fit: Fit, budgets: np.ndarray, N: np.ndarray) -> None:
                 {"flops": missing.tolist()},
             )
         )
+
+
+def floor(fit: Fit, values: np.ndarray, where: str) -> None:
+    """Adds `floor-dominates` where a predicted loss lies within 5 % of E."""
+    E = float(fit.estimate[fit.names.index("E")]) if "E" in fit.names else float("nan")
+    near = np.isfinite(values) & (values < 1.05 * E)
+    if near.any():
+        fit.add(
+            Notice(
+                "floor-dominates",
+                "note",
+                f"{where}, the loss {values[near].min():.4g} is {values[near].min() / E - 1:.1%} above E = {E:.4g}, "
+                "which decides it: the exponents hardly matter.",
+                "judge by the interval of E; larger runs pin it down.",
+                {"loss": values[near].tolist(), "E": E},
+            )
+        )
+
+
+def stale(fit: Fit, names: list[str]) -> None:
+    """Adds `stale-compare` where constants of other papers are used beside this fit."""
+    kind = ", ".join(sorted({str(v) for v in fit.rows.columns.get("params_kind", ["params"])}))
+    fit.add(
+        Notice(
+            "stale-compare",
+            "note",
+            f"constants of {', '.join(names)} hold for their data, tokenizer and way of counting N, not for these runs "
+            f"(N: {kind}).",
+            "compare exponents and optima, not losses; fit their published runs the same way where they exist.",
+            {"published": names},
+        )
+    )

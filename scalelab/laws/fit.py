@@ -13,18 +13,21 @@ import pandas as pd
 from jaxtyping import Float
 
 from scalelab.errors import BadInput
-from scalelab.laws import checks, validate
+from scalelab.laws import calibrate, card, checks, diagnose, intervals, sensitivity, validate
 from scalelab.laws.allocate import Cost
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
+from scalelab.laws.prediction import Prediction
 from scalelab.laws.result import Result, jsonable
 from scalelab.laws.table import Rows, Table, inputs_of
 
 if TYPE_CHECKING:
+    from scalelab.laws.calibrate import Calibration
+    from scalelab.laws.intervals import Profile
     from scalelab.laws.law import Law
     from scalelab.laws.posterior import Posterior
     from scalelab.laws.regression import Regression
-    from scalelab.laws.validate import Holdout
+    from scalelab.laws.validate import Expanding, Holdout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +136,9 @@ class Fit(Result):
         """The target at the table's inputs. A far extrapolation adds to `warnings`."""
         columns, index = self._inputs(table)
         checks.extrapolation(self, columns)
-        return pd.Series(self.law.evaluate(self.estimate[None], columns)[0], index=index, name=self.law.target)
+        values = self.law.evaluate(self.estimate[None], columns)[0]
+        checks.floor(self, values, "at the inputs asked for")
+        return pd.Series(values, index=index, name=self.law.target)
 
     def predict_draws(self, table: Table) -> Float[np.ndarray, "draws n"]:
         """The target at the table's inputs under every bootstrap draw."""
@@ -168,6 +173,7 @@ class Fit(Result):
         found = np.isfinite(at["params"])
         if found.any():
             checks.extrapolation(self, {role: values[found] for role, values in at.items()}, budgets[found])
+            checks.floor(self, np.asarray(frame["loss"]), "at the budgets asked for")
         return frame if np.ndim(C) else frame.iloc[0].rename(float(budgets[0]))
 
     def optima(
@@ -228,6 +234,99 @@ class Fit(Result):
             self._holdouts[cut] = validate.holdout(self, cut)
         return self._holdouts[cut]
 
+    def expanding(self, cuts: Sequence[float] | None = None) -> Expanding:
+        """Hold-outs at several cuts (by default where budgets begin), each predicting every larger run, and the error
+        against the distance in decades."""
+        return validate.expanding(self, cuts)
+
+    def leave_group_out(self, group: str) -> pd.DataFrame:
+        """Each group predicted by a fit to the others: mean absolute relative error of the law and of the baselines.
+
+        `group`: a role with few values (family, tokenizer, seed, ...), the fit's cluster column, or "budget".
+        """
+        return validate.leave_group_out(self, group)
+
+    def leave_one_out(self, cluster: str | None = None) -> pd.DataFrame:
+        """The parameters without each row; with `cluster` (as `group` in `leave_group_out`), without each group."""
+        return intervals.leave_one_out(self, cluster)
+
+    def profile(self, name: str, level: float = 0.95) -> Profile:
+        """The objective minimised over the other parameters along values of one, and its interval; see `Profile`."""
+        return intervals.profile(self, name, level)
+
+    @functools.cached_property
+    def standard_errors(self) -> pd.Series:
+        """Of the parameters, by influence functions (sandwich, by clusters where the rows have them): no refits."""
+        return intervals.standard_errors(self)
+
+    def conf_int(self, level: float = 0.95, method: str = "percentile", *, alpha: float | None = None) -> pd.DataFrame:
+        """Intervals of the parameters, columns `lower` and `upper`; NaN where the fit is not `ok`.
+
+        method: "percentile" of the bootstrap draws (NaN without draws), or "profile" of the objective.
+        alpha: statsmodels' name for 1 - level.
+        """
+        level = level if alpha is None else 1 - alpha
+        if method == "percentile":
+            return super().conf_int(level)
+        if method != "profile":
+            raise BadInput("method", method, "must be percentile or profile")
+        ends = {name: (value, value) for name, value in self.options.fixed.items()}
+        for name in self.names:
+            if name not in ends:
+                found = self.profile(name, level) if self.ok else None
+                ends[name] = (found.lower, found.upper) if found else (np.nan, np.nan)
+        return pd.DataFrame([ends[n] for n in self.names], columns=["lower", "upper"], index=list(self.names))
+
+    def sensitivity(self, C: float | None = None, drop: Sequence[int] = sensitivity.DROPS) -> pd.DataFrame:
+        """How parameters, N*, D/N* and loss at C depend on what one may choose: the k highest losses dropped (`drop`)
+        x objective and delta x kind of N (where the table has `params_non_embedding`).
+
+        C: budget to look at (C = 6 N D), by default ten times the largest run's; a law that allocates nothing shows its
+        target at the largest run.
+        """
+        return sensitivity.sensitivity(self, C, drop)
+
+    def trim_drift(self, C: float | None = None) -> pd.DataFrame:
+        """The fit as more of the highest losses are dropped, and `z`, how far it drifts in standard errors."""
+        return sensitivity.trim_drift(self, C)
+
+    def calibrate(self, n: int = 200, level: float = 0.95, C: float | None = None, seed: int = 0) -> Calibration:
+        """Simulate n tables from the fit on its own inputs, fit each the same way, and count how often the intervals
+        hold the parameters and the loss at the compute-optimal point of C (default: ten times the largest run)."""
+        return calibrate.calibrate(self, n, level, C, seed)
+
+    def beside_isoflop(self) -> pd.DataFrame:
+        """N* of IsoFLOP parabolas beside the law's, per budget, with intervals and whether they overlap.
+
+        Raises `BadInput` where the runs are no IsoFLOP sweep (four sizes or more at each budget).
+        """
+        from scalelab.laws import studies
+
+        frame = studies.beside_isoflop(self)
+        if frame is None:
+            raise BadInput("table", f"{self.nobs} rows", "are no IsoFLOP sweep in N and D: 4 sizes or more per budget")
+        return frame
+
+    def published(self) -> pd.DataFrame:
+        """The constants of the form's sources beside this fit's, with their error on these rows. Adds a note that they
+        hold for their own data and counting."""
+        if not self.law.published:
+            raise BadInput("law", self.law.name, "has no published constants")
+        frame = pd.DataFrame({"this fit": self.params} | {k: pd.Series(v) for k, v in self.law.published.items()})
+        values = self.law.evaluate(frame.T[list(self.names)].to_numpy(float), self.rows.columns)
+        frame.loc["mean error here"] = np.abs(values / self.observed - 1).mean(1)
+        checks.stale(self, list(self.law.published))
+        return frame
+
+    @property
+    def diagnostics(self) -> pd.Series:
+        """Numbers about the solution, the residuals and the data; see `diagnose.diagnostics`."""
+        return diagnose.diagnostics(self)
+
+    def card(self) -> card.Card:
+        """Everything that a reader needs to fit this again: a dict, and Markdown as text."""
+        return card.of(self)
+
     def posterior(self, draws: int = 1000, **options: Any) -> Posterior:
         """The Bayesian posterior, to stand beside the bootstrap; see `laws.posterior`. Needs the extra `bayes`."""
         from scalelab.laws.posterior import posterior
@@ -269,51 +368,6 @@ class Fit(Result):
         self.warnings  # noqa: B018  a file says everything that there is to say
         law = {"law": self.law.name, "arguments": dict(self.law.arguments)}
         return super().document() | law | {"rows": jsonable(self.rows.document())}
-
-
-class Prediction:
-    """The law at given inputs: the curve's interval, and the wider one of a new run."""
-
-    def __init__(self, fit: Fit, table: Table):
-        self.fit = fit
-        self.predicted_mean = fit.predict(table)
-        self._curve = fit.predict_draws(table)
-
-    def summary_frame(self, level: float = 0.95) -> pd.DataFrame:
-        """mean, mean_se, mean_ci_lower, mean_ci_upper (of the law), obs_ci_lower, obs_ci_upper (of a new run there).
-
-        A new run scatters as the fitted rows do: each draw of the curve gets a residual drawn from theirs, stretched
-        by sqrt(n / (n - P)) for the parameters that these residuals have paid for.
-        """
-        fit, curve = self.fit, self._curve
-        lower, upper = fit.interval(curve, level)
-        residual = fit.resid.to_numpy()
-        n, P = len(residual), fit.record["free"]
-        rng = np.random.default_rng(fit.options.seed)
-        noise = rng.choice(residual - np.median(residual), size=curve.shape) * np.sqrt(n / max(1, n - P))
-        runs = curve * np.exp(noise) if fit.options.objective.on == "log" else curve + noise
-        possible = fit.law.ranges.get(fit.law.target, (-np.inf, np.inf))
-        obs_lower, obs_upper = fit.interval(np.clip(runs, *possible), level)
-        usable = np.isfinite(lower)
-        with np.errstate(invalid="ignore"):
-            se = np.where(usable, _std(curve), np.nan)
-        return pd.DataFrame(
-            {
-                "mean": self.predicted_mean,
-                "mean_se": se,
-                "mean_ci_lower": lower,
-                "mean_ci_upper": upper,
-                "obs_ci_lower": obs_lower,
-                "obs_ci_upper": obs_upper,
-            },
-            index=self.predicted_mean.index,
-        )
-
-
-def _std(draws: np.ndarray) -> np.ndarray:
-    """Standard deviation over draws, failed ones apart."""
-    good = draws[np.isfinite(draws).all(1)]
-    return good.std(axis=0, ddof=1) if len(good) > 1 else np.full(draws.shape[1:], np.nan)
 
 
 class Plot:

@@ -23,7 +23,10 @@ NUMBERS = (
     "params", "params_non_embedding", "tokens", "loss", "flops", "loss_se", "unique_tokens", "lr", "batch_tokens",
     "seq_len", "vocab_size", "step", "steps", "seconds",
 )  # fmt: skip
-LABELS = ("status", "seed", "id", "family", "run", "data_seed", "schedule", "tokenizer", "eval_set", "params_kind")
+LABELS = (
+    "status", "seed", "id", "family", "run", "data_seed", "schedule", "tokenizer", "eval_set", "params_kind",
+    "parametrization",
+)  # fmt: skip
 
 Table = pd.DataFrame | Mapping[str, Any]
 

@@ -1,15 +1,17 @@
-"""Held-out extrapolation: fit without the largest compute, predict it, and compare with trivial baselines."""
+"""Held-out error: fit without the largest compute, or a group, predict it, and compare with trivial baselines."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
 from scalelab.errors import BadInput
+from scalelab.laws.intervals import groups
 
 if TYPE_CHECKING:
     from scalelab.laws.fit import Fit
@@ -82,41 +84,158 @@ def default_cut(flops: Float[np.ndarray, " n"]) -> float:
 
 def holdout(fit: Fit, cut: float | None = None) -> Holdout:
     """See `Fit.holdout`."""
-    law, rows = fit.law, fit.rows
     size, called = scale_of(fit)
     if cut is None:
         cut = default_cut(size)
     elif not size.min() < cut <= size.max():
         raise BadInput("cut", cut, f"must lie among the runs' {called}, above {size.min():.4g} up to {size.max():.4g}")
-    fewer, test = rows.take(size < cut), rows.take(size >= cut)
+    below = size < cut
+    counts = int(below.sum()), int((~below).sum())
+    table, errors, why = _predicted(fit, below, min(DRAWS, fit.record["draws"]))
+    if why:
+        return Holdout(cut, *counts, called=called, reason=f"{why} below {called} = {cut:.3g}")
+    distance = float(np.log10(size.max() / size[below].max()))
+    return Holdout(cut, *counts, distance, table, errors, called)
+
+
+def _predicted(fit: Fit, keep: np.ndarray, draws: int = 0) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """The other rows predicted by a fit to those of `keep`, each method's errors, and why there is none or ""."""
+    law, rows = fit.law, fit.rows
+    size, called = scale_of(fit)
+    fewer, test = rows.take(keep), rows.take(~keep)
     need = fit.record["free"] + 1
-    inputs = {role: fewer.columns[role] for role in law.inputs}
-    different = len(np.unique(np.stack(list(inputs.values())), axis=1).T) if len(fewer) else 0
+    different = len(np.unique(np.stack([fewer.columns[role] for role in law.inputs]), axis=1).T) if len(fewer) else 0
     if different < need:
-        why = f"{different} different runs below {called} = {cut:.3g}, {need} needed"
-        return Holdout(cut, len(fewer), len(test), called=called, reason=why)
+        return pd.DataFrame(), pd.DataFrame(), f"{different} different runs, {need} needed,"
     clustered = fewer.clusters is not None and len(np.unique(fewer.clusters)) < 2
-    refit = fit.refit(fewer, bootstrap=0 if clustered else min(DRAWS, fit.record["draws"]))
+    refit = fit.refit(fewer, bootstrap=0 if clustered else draws)
     if not refit.converged:
-        why = "the fit to the smaller runs did not converge"
-        return Holdout(cut, len(fewer), len(test), called=called, reason=why)
-    measured = test.columns[law.target]
+        return pd.DataFrame(), pd.DataFrame(), "no convergence of the fit to the runs"
+    inputs = {role: fewer.columns[role] for role in law.inputs}
     ask = {role: test.columns[role] for role in law.inputs}
-    table = pd.DataFrame({"flops" if called == "C" else "size": size[size >= cut], **ask, law.target: measured})
+    measured = test.columns[law.target]
+    table = pd.DataFrame({"flops" if called == "C" else "size": size[~keep], **ask, law.target: measured})
     table.index = test.index
     table["predicted"] = law.evaluate(refit.estimate[None], ask)[0]
     table["lower"], table["upper"] = refit.interval(law.evaluate(refit.samples, ask))
     table["nearest run"] = _nearest(inputs, fewer.columns[law.target], ask)
     power = f"power law in {called}"
-    table[power] = _power_law(size[size < cut], fewer.columns[law.target], size[size >= cut])
-    # relative errors; of a target that may be 0 (coverage, reward) in units of its mean
+    table[power] = _power_law(size[keep], fewer.columns[law.target], size[~keep])
+    off = relative(table, law.target, power)
+    table["error"] = off["law"]
+    return table, pd.DataFrame({"mean_abs": off.abs().mean(), "bias": off.mean(), "worst": off.abs().max()}), ""
+
+
+def relative(table: pd.DataFrame, target: str, power: str) -> Any:
+    """Relative errors of the law and of both baselines; of a target that may be 0 (coverage, reward) in units of its
+    mean."""
+    measured: Any = table[target]
     unit = measured if (measured > 0).all() else max(float(np.abs(measured).mean()), 1e-300)
-    table["error"] = (table["predicted"] - measured) / unit
-    relative = table[["predicted", "nearest run", power]].sub(measured, axis=0).div(unit, axis=0)
-    errors = pd.DataFrame({"mean_abs": relative.abs().mean(), "bias": relative.mean(), "worst": relative.abs().max()})
-    distance = float(np.log10(size.max() / size[size < cut].max()))
-    errors = errors.rename(index={"predicted": "law"})
-    return Holdout(cut, len(fewer), len(test), distance, table, errors, called)
+    methods: Any = table[["predicted", "nearest run", power]]
+    return methods.sub(measured, axis=0).div(unit, axis=0).rename(columns={"predicted": "law"})
+
+
+# ------------------------------------------------------------------------------------------------ many cuts
+
+
+@dataclasses.dataclass(frozen=True)
+class Expanding:
+    """Hold-outs at growing cuts: each fit predicts every larger run.
+
+    `table` has a row per prediction: the cut, the run's size and distance in decades from the largest run fitted,
+    measured, predicted, and relative error of the law and the baselines. `errors` has a row per cut, `by_distance` a
+    row per half decade of distance: number of predictions and mean absolute relative errors.
+    """
+
+    table: pd.DataFrame
+    errors: pd.DataFrame
+    by_distance: pd.DataFrame
+    called: str
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
+
+    def summary(self) -> str:
+        if not self.ok:
+            return f"expanding window: none ({self.reason})"
+        lines = [f"expanding window over {self.called}, mean absolute error by distance:"]
+        for decades, row in self.by_distance.iterrows():
+            rest = ", ".join(f"{name} {row[name]:.2%}" for name in self.by_distance.columns[1:])
+            lines.append(f"  up to {decades:g} decades ({row['predictions']:.0f} predictions): {rest}")
+        return "\n".join(lines)
+
+
+def expanding(fit: Fit, cuts: Sequence[float] | None = None) -> Expanding:
+    """See `Fit.expanding`."""
+    size, called = scale_of(fit)
+    if cuts is None:
+        chosen = default_cuts(size, fit.record["free"] + 1)
+    else:
+        chosen = sorted(float(c) for c in cuts)
+        outside = [c for c in chosen if not size.min() < c <= size.max()]
+        if outside or not chosen:
+            limits = f"above {size.min():.4g} up to {size.max():.4g}"
+            raise BadInput("cuts", outside or list(cuts), f"must lie among the runs' {called}, {limits}")
+    power, parts, rows = f"power law in {called}", [], []
+    methods = ["law", "nearest run", power]
+    for cut in chosen:
+        below = size < cut
+        table, errors, why = _predicted(fit, below)
+        if why:
+            continue
+        part = pd.DataFrame({"cut": cut, "size": size[~below], "decades": np.log10(size[~below] / size[below].max())})
+        parts.append(part.set_axis(table.index).join(relative(table, fit.law.target, power)))
+        rows.append({"cut": cut, "fitted": int(below.sum()), "held_out": int((~below).sum()),
+                     "distance": float(np.log10(size.max() / size[below].max())), **errors["mean_abs"].to_dict(),
+                     "bias": errors.loc["law", "bias"]})  # fmt: skip
+    if not parts:
+        empty = pd.DataFrame()
+        return Expanding(empty, empty, empty, called, "no cut leaves enough different runs below it")
+    table = pd.concat(parts)
+    half_decades: Any = np.maximum(np.ceil(table["decades"] * 2 - 1e-9), 1) / 2
+    grouped: Any = table[methods].abs().groupby(half_decades.rename("decades up to"))
+    by_distance = pd.DataFrame({"predictions": grouped.size()}).join(grouped.mean())
+    return Expanding(table, pd.DataFrame(rows).set_index("cut"), by_distance, called)
+
+
+def default_cuts(size: Float[np.ndarray, " n"], need: int, most: int = 6) -> list[float]:
+    """Where budgets begin that have `need` runs or more below them, at most six, evenly spread.
+
+    Where runs do not fall into budgets (one would hold over half of them): at shares 0.4 to 0.9 of the runs.
+    """
+    label = budgets(size)
+    begins = [float(size[label == g].min()) for g in range(1, int(label.max()) + 1)]
+    if np.bincount(label).max() > len(size) / 2:
+        begins = sorted({float(c) for c in np.quantile(size, np.linspace(0.4, 0.9, most), method="higher")})
+    begins = [c for c in begins if (size < c).sum() >= need]
+    if len(begins) > most:
+        begins = [begins[i] for i in np.unique(np.linspace(0, len(begins) - 1, most).round().astype(int))]
+    return begins
+
+
+def leave_group_out(fit: Fit, group: str) -> pd.DataFrame:
+    """See `Fit.leave_group_out`."""
+    if group == fit.law.group:
+        raise BadInput("group", group, f"{fit.law.name} has parameters for each {group}: none is known when left out")
+    label, names = groups(fit, group)
+    if len(names) < 2:
+        raise BadInput("group", group, f"has the one value {names[0]}: nothing is left to fit")
+    rows = []
+    for g, name in enumerate(names):
+        _, errors, why = _predicted(fit, label != g)
+        row: dict[str, Any] = {group: name, "held_out": int((label == g).sum())}
+        if not why:
+            row |= errors["mean_abs"].to_dict() | {
+                "bias": errors.loc["law", "bias"],
+                "worst": errors.loc["law", "worst"],
+            }
+        rows.append(row | {"reason": why.rstrip(",")})
+    return pd.DataFrame(rows).set_index(group)
+
+
+# ------------------------------------------------------------------------------------------------ baselines
 
 
 def scale_of(fit: Fit) -> tuple[np.ndarray, str]:

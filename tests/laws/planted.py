@@ -45,6 +45,7 @@ def as_records(table):
         batch_tokens=4096,
         seq_len=256,
         lr=3e-3,
+        parametrization="mup",  # under which one learning rate serves all sizes
         loss_se=0.002 * table.loss,
         bpb=table.loss / np.log(2),
         seconds=30.0,
