@@ -173,7 +173,7 @@ class Fit(Result):
         found = np.isfinite(at["params"])
         if found.any():
             checks.extrapolation(self, {role: values[found] for role, values in at.items()}, budgets[found])
-            checks.floor(self, np.asarray(frame["loss"]), "at the budgets asked for")
+            checks.floor(self, np.asarray(frame[self.law.target]), "at the budgets asked for")
         return frame if np.ndim(C) else frame.iloc[0].rename(float(budgets[0]))
 
     def optima(

@@ -72,7 +72,8 @@ def test_recovers_planted_truth(name):
 def test_the_law_is_inside_its_interval_under_noise(name):
     """Parameters of these laws trade against each other; what the law says at and beside the data does not."""
     table, truth = planted(name, noise=0.003, seed=1)
-    fit = laws.fit(name, table, bootstrap=60)
+    held = {"E_max": JOINT["E_max"]} if name == "joint-moe" else {}  # 32 experts say nothing of where they saturate
+    fit = laws.fit(name, table, bootstrap=60, fixed=held)
     assert fit.converged
     law = fit.law
     true = law.predict(truth, table)
