@@ -114,7 +114,8 @@ class Curvature:
     def covariance(self, cluster: np.ndarray | None = None) -> Float[np.ndarray, "P P"]:
         """The sandwich, influences summed within clusters."""
         parts = summed(self.influence, self.cluster if cluster is None else cluster)
-        return parts.T @ parts
+        with np.errstate(over="ignore", invalid="ignore"):  # of parameters that no row determines
+            return parts.T @ parts
 
 
 def summed(influence: Float[np.ndarray, "n P"], cluster: np.ndarray | None) -> Float[np.ndarray, "g P"]:
@@ -184,7 +185,7 @@ class Pinned(Regression):
     """
 
     def __init__(self, base: Regression, row: Float[np.ndarray, " P"], pivot: int):
-        self.base, self.pivot, self.rows, self.data = base, pivot, base.rows, base.data
+        self.base, self.pivot, self.rows, self.data, self.load = base, pivot, base.rows, base.data, base.load
         self.spread = np.eye(len(row))
         self.spread[pivot] = -row / row[pivot]
         self.spread[pivot, pivot] = 1 / row[pivot]
@@ -198,13 +199,14 @@ class Pinned(Regression):
         return self.base.model(self.theta(theta))
 
     def evaluate(self, theta, weights, objective, data=None):
-        value, gradient, hessian, _ = self.base.evaluate(self.theta(theta), weights, objective, data)
+        value, gradient, *matrices = self.base.evaluate(self.theta(theta), weights, objective, data)
         gradient = gradient @ self.spread
-        hessian = np.einsum("ia,sij,jb->sab", self.spread, hessian, self.spread, optimize=True)
         gradient[:, self.pivot] = 0.0
-        hessian[:, self.pivot] = hessian[:, :, self.pivot] = 0.0
-        hessian[:, self.pivot, self.pivot] = 1.0
-        return value, gradient, hessian, np.maximum(np.abs(np.einsum("saa->sa", hessian)), 1e-300)
+        hessian, metric = (self.spread.T @ matrix @ self.spread for matrix in matrices)
+        for matrix in (hessian, metric):
+            matrix[:, self.pivot] = matrix[:, :, self.pivot] = 0.0
+            matrix[:, self.pivot, self.pivot] = 1.0
+        return value, gradient, hessian, metric
 
 
 @dataclasses.dataclass(frozen=True)
