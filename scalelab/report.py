@@ -247,22 +247,24 @@ def _runs(table: pd.DataFrame) -> list[str]:
 def _how(fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> list[str]:
     parts = ["<h2>How it was fitted</h2>"]
     for name, fit in _all(fits, isoflop).items():
-        r = fit.record
-        facts = {
-            "rows": f"{r['rows']} of {r['rows_in_table']}",
-            "objective": r["objective"],
-            "value": f"{r['value']:.12g}" if "value" in r else None,
-            "starts": f"{r['starts']}, of which {r['agreement']:.0%} agree" if "starts" in r else None,
-            "weights": r.get("weights"),
-            "intervals": f"percentiles of {r['draws']} bootstrap draws ({r['bootstrap']}), seed {r['seed']}, "
-            f"{r['draws_failed']} failed",
-            "data SHA-256": r["data_sha256"],
-            "versions": ", ".join(f"{k} {v}" for k, v in r["versions"].items()),
-            "time": r["time"],
-        }
-        listed = "".join(f"<dt>{k}</dt><dd>{_text(v)}</dd>" for k, v in facts.items() if v is not None)
+        facts = fit.card() if hasattr(fit, "card") else _facts(fit)
+        listed = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
         parts.append(f"<p><b>{_text(name)}</b></p><dl>{listed}</dl>")
     return parts
+
+
+def _facts(fit: Any) -> dict[str, str]:
+    """What a fit without a card (parabolas) has to say."""
+    r = fit.record
+    failed = f"{r['draws_failed']} failed"
+    return {
+        "rows": f"{r['rows']} of {r['rows_in_table']}",
+        "objective": r["objective"],
+        "intervals": f"percentiles of {r['draws']} bootstrap draws ({r['bootstrap']}), seed {r['seed']}, {failed}",
+        "data SHA-256": r["data_sha256"],
+        "versions": ", ".join(f"{k} {v}" for k, v in r["versions"].items()),
+        "time": r["time"],
+    }
 
 
 # ------------------------------------------------------------------------------------------------ the terminal

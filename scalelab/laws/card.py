@@ -56,7 +56,7 @@ def of(fit: Fit) -> Card:
         "FLOPs": _flops(fit),
         "architecture": _said(fit, "family"),
         "tokenizer, context, vocabulary": "; ".join(_said(fit, k) for k in ("tokenizer", "seq_len", "vocab_size")),
-        "learning rate, batch (tokens), schedule, parametrization": "; ".join(
+        "training recipe": "; ".join(
             _said(fit, k) for k in ("lr", "batch_tokens", "schedule", "parametrization")),
         "seeds": _said(fit, "seed"),
         "seed noise": str(seed_noise(rows, law.inputs, law.target)),

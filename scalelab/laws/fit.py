@@ -251,7 +251,10 @@ class Fit(Result):
         return intervals.leave_one_out(self, cluster)
 
     def profile(self, name: str, level: float = 0.95) -> Profile:
-        """The objective minimised over the other parameters along values of one, and its interval; see `Profile`."""
+        """The objective minimised over the other parameters along values of one, and its interval; see `Profile`.
+
+        Raises `BadInput` where the fit has not converged, or the law's solver cannot hold that parameter.
+        """
         return intervals.profile(self, name, level)
 
     @functools.cached_property

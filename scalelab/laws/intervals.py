@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from scalelab.errors import BadInput
 from scalelab.laws.objective import robust_scale
+from scalelab.laws.parameter import HUGE
 from scalelab.laws.regression import Constrained, Regression
 from scalelab.laws.solver import minimise
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 POINTS = 33  # of a profile
 REACH = 4.0  # standard errors that a profile first reaches to either side
+CRAWL = 60  # iterations after which a value's optimum is where its lane has come to: a flat valley has no other end
 FURTHER = 5  # times that it reaches twice as far where the objective has not risen enough
 
 
@@ -112,7 +114,7 @@ class Curvature:
     def covariance(self, cluster: np.ndarray | None = None) -> Float[np.ndarray, "P P"]:
         """The sandwich, influences summed within clusters."""
         parts = summed(self.influence, self.cluster if cluster is None else cluster)
-        with np.errstate(over="ignore"):  # a parameter on its bound may have no finite error
+        with np.errstate(over="ignore", invalid="ignore"):  # of parameters that no row determines
             return parts.T @ parts
 
 
@@ -183,7 +185,7 @@ class Pinned(Regression):
     """
 
     def __init__(self, base: Regression, row: Float[np.ndarray, " P"], pivot: int):
-        self.base, self.pivot, self.rows, self.data = base, pivot, base.rows, base.data
+        self.base, self.pivot, self.rows, self.data, self.load = base, pivot, base.rows, base.data, base.load
         self.spread = np.eye(len(row))
         self.spread[pivot] = -row / row[pivot]
         self.spread[pivot, pivot] = 1 / row[pivot]
@@ -241,6 +243,8 @@ def profile(fit: Fit, name: str, level: float = 0.95) -> Profile:
         raise BadInput("parameter", name, "is held fixed")
     if not 0 < level < 1:
         raise BadInput("level", level, "must lie between 0 and 1")
+    if not fit.converged:
+        raise BadInput("profile", name, "the fit has not converged: there is no optimum to measure from")
     problem, theta = fit.solved
     spec = fit.law.parameters[name]
     row, constant, pivot = own_coordinate(fit, name)
@@ -266,22 +270,25 @@ def profile(fit: Fit, name: str, level: float = 0.95) -> Profile:
         at = np.unique(np.clip(u + step * np.concatenate([-reach[0] * half, reach[1] * half]), *box))
         start = theta + (at - u)[:, None] * ridge
         start[:, pivot] = at
-        found = _along(pinned, start, at, pivot, fit)
-        rise, x = 2 * np.maximum(found[1] - lowest, 0), at - u
-        near = np.abs(x) <= 2 * step
+        with np.errstate(all="ignore"):  # the first ends of a profile may be wild
+            found = _along(pinned, start, at, pivot, fit)
+        rise, x = 2 * np.maximum(np.where(np.isfinite(found[1]), found[1], HUGE) - lowest, 0), at - u
+        near = (np.abs(x) <= 2 * step) & (rise < HUGE)
         steepness = float((x[near] ** 2 * rise[near]).sum() / max((x[near] ** 4).sum(), 1e-300))
         scale = steepness * step**2
-        t = np.sign(x) * np.sqrt(rise / max(scale, 1e-300))
+        with np.errstate(over="ignore"):
+            t = np.sign(x) * np.sqrt(rise / max(scale, 1e-300))
         short = [t[0] > -needed and at[0] > box[0], t[-1] < needed and at[-1] < box[1]]
         if not any(short):
             break
         reach = [r * 2 if s else r for r, s in zip(reach, short, strict=True)]
     ends = [_crossing(at[at <= u][::-1], -t[at <= u][::-1], needed), _crossing(at[at >= u], t[at >= u], needed)]
-    natural = sorted(float(spec.to_p(e + constant)) if np.isfinite(e) else e for e in (
-        ends[0] if np.isfinite(ends[0]) else -np.inf, ends[1]))  # fmt: skip
-    if spec.sign:  # an open end of a parameter with a sign is zero or infinity
-        natural = [0.0 if spec.sign > 0 and natural[0] == -np.inf else natural[0], natural[1]]
-    table: Any = pd.DataFrame(problem.natural(pinned.theta(found[0])), columns=list(fit.names))
+    ends[0] = ends[0] if np.isfinite(ends[0]) else -np.inf
+    with np.errstate(over="ignore"):
+        natural = sorted(float(spec.to_p(e + constant)) for e in ends)  # open ends: 0 or infinity, by the sign
+    with np.errstate(all="ignore"):
+        params = problem.natural(pinned.theta(found[0]))
+    table: Any = pd.DataFrame(params, columns=list(fit.names))
     table[name] = spec.to_p(at + constant)
     table = table[[name, *[n for n in fit.names if n != name]]]
     table.insert(1, "objective", found[1])
@@ -302,14 +309,14 @@ def _error(fit: Fit, name: str, without: float) -> float:
 def _along(pinned: Pinned, start: np.ndarray, at: np.ndarray, pivot: int, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     """Each value's optimum: from the ridge, then from its neighbours' optima, until no neighbour helps."""
     goal, weights = fit.options.objective, fit.rows.weights
-    best = minimise(pinned, start, weights, goal)
+    best = minimise(pinned, start, weights, goal, max_iterations=CRAWL)
     theta, value = best.theta, best.value
-    for _ in range(4):
+    for _ in range(2):
         moved = False
         for shift in (1, -1):
             neighbour = np.roll(theta, shift, axis=0)
             neighbour[:, pivot] = at
-            rival = minimise(pinned, neighbour, weights, goal)
+            rival = minimise(pinned, neighbour, weights, goal, max_iterations=CRAWL)
             better = rival.value < value * (1 - 1e-9)
             moved |= bool(better.any())
             theta, value = np.where(better[:, None], rival.theta, theta), np.where(better, rival.value, value)

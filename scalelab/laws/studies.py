@@ -35,7 +35,8 @@ def findings(fit: Fit) -> Iterator[Notice]:
     """Every finding that needs refits or tests of the residuals."""
     yield from _of_rows(fit)
     yield from _of_bootstrap(fit)
-    yield from residuals.findings(fit)
+    if fit.ok:  # the residuals of an unusable fit say nothing of the form
+        yield from residuals.findings(fit)
     if fit.ok and len(fit.rows) > 2 * fit.record["free"]:
         yield from _influence(fit)
         yield from _trimmed(fit)
