@@ -167,8 +167,8 @@ def _side(name: str, given: Side, law: Any, pair: Any, bootstrap: int, seed: int
         raise BadInput("pair", lacking[0], f"no such column in arm {name}; it has {', '.join(columns)}")
     keys = list(zip(*(np.asarray(columns[c])[where].tolist() for c in wanted), strict=True)) if wanted else None
     side = _Side(name, fit.law, fit.estimate, fit, fit.samples, keys)
-    if "seconds" in columns and {"params", "tokens"} <= set(fit.rows.columns):
-        N, D = fit.rows.columns["params"], fit.rows.columns["tokens"]
+    if "seconds" in columns and {fit.law.paid, "tokens"} <= set(fit.rows.columns):
+        N, D = fit.rows.columns[fit.law.paid], fit.rows.columns["tokens"]
         time = np.asarray(columns["seconds"], float)[where]
         if (np.isfinite(time) & (time > 0)).all():
             side.seconds = flops_per_token(N, D, time)

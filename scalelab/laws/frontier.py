@@ -43,7 +43,7 @@ class Arm:
 
     def loss(self, N: Float[np.ndarray, " m"], D: Float[np.ndarray, " m"]) -> Float[np.ndarray, "1+R m"]:
         fixed = {role: np.full(len(N), float(v)) for role, v in self.others.items()}
-        out = self.law.evaluate(self.both, {"params": N, "tokens": D, **fixed})
+        out = self.law.evaluate(self.both, {self.law.paid: N, "tokens": D, **fixed})
         return np.where(np.isfinite(N) & np.isfinite(D), out, np.nan)
 
     def tokens(self, flops: np.ndarray, N: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from scalelab.errors import BadInput
 from scalelab.laws.law import Law
 from scalelab.laws.regression import Regression
 
-INHERITED = ("target", "objective", "may_be_zero", "scale", "ranges", "measured")
+INHERITED = ("target", "measured", "objective", "may_be_zero", "ranges", "scale", "arguments", "paid", "fewest_tokens")
 
 
 class Joint(Law):
@@ -33,8 +33,7 @@ class Joint(Law):
         self.parameters = {f"{n}[{arm}]": spec for arm in self.arms for n, spec in law.parameters.items()}
         self.inputs = ("arm", *law.inputs)
         for attribute in INHERITED:
-            if hasattr(law, attribute):
-                setattr(self, attribute, getattr(law, attribute))
+            setattr(self, attribute, getattr(law, attribute))
 
     @property
     def allocates(self) -> bool:
@@ -64,6 +63,9 @@ class Joint(Law):
         """An arm's parameters of the form."""
         P = len(self.base.parameters)
         return params[:, arm * P : (arm + 1) * P]
+
+    def size(self, columns):
+        return self.base.size(columns)
 
     def problem(self, columns, on):
         return Blocks(self, columns, on)

@@ -51,7 +51,8 @@ def plan(
     Args:
       budget: FLOPs for the new runs together. target: FLOPs of the run that is to be predicted.
       cost: k of C = k N D, or FLOPs per token as a function of N.
-      candidates: name -> table with `params` and `tokens`, any number of runs; they should cost about the budget.
+      candidates: name -> table with `params` (those that compute is paid for: a sparse model's active ones) and
+        `tokens`, any number of runs; they should cost about the budget.
         None: `default_designs`: one large run, ladders and IsoFLOP sets of cheaper ones, and the sets that reduce the
         linearised variance at the target most. The compute-optimal run is always among them.
       others: values of the law's further inputs, for the new runs and the target.
@@ -148,7 +149,7 @@ def v_optimal(fit: Fit, budget: float, target: float, k: int, cost: Cost = 6.0, 
     """
     share = np.array([budget / k])
     grid = _runs(_best_size(fit, share, cost, others) * RATIOS, np.full(len(RATIOS), budget / k), cost)
-    seen, ratio = fit.rows.columns["tokens"] / fit.rows.columns["params"], grid["tokens"] / grid["params"]
+    seen, ratio = fit.rows.columns["tokens"] / fit.rows.columns[fit.law.paid], grid["tokens"] / grid["params"]
     within = (ratio >= seen.min() / 2) & (ratio <= seen.max() * 2)
     within.iloc[len(RATIOS) // 2] = True
     grid = pd.DataFrame(grid[within].reset_index(drop=True))
@@ -174,7 +175,7 @@ def v_optimal(fit: Fit, budget: float, target: float, k: int, cost: Cost = 6.0, 
 def _extended(fit: Fit, design: pd.DataFrame, others: Mapping[str, float]) -> Rows:
     """The fit's rows and the design's after them; the new runs' target is the law's."""
     rows, k = fit.rows, len(design)
-    new = {"params": design["params"].to_numpy(float), "tokens": design["tokens"].to_numpy(float)}
+    new = {fit.law.paid: design["params"].to_numpy(float), "tokens": design["tokens"].to_numpy(float)}
     new |= {role: np.full(k, float(value)) for role, value in others.items()}
     missing = [role for role in rows.keys if role not in (*new, fit.law.target)]
     if missing:
@@ -307,8 +308,9 @@ class Plan:
         for run in runs:
             run["params_non_embedding"] = run["params"]
             if known is not None and np.isfinite(known).all() and (known > 0).all():
-                order = np.argsort(rows["params"])
-                x, y = np.log(rows["params"])[order], np.log(known / rows["params"])[order]
+                paid = rows[self.fit.law.paid]
+                order = np.argsort(paid)
+                x, y = np.log(paid)[order], np.log(known / paid)[order]
                 run["params_non_embedding"] *= float(np.exp(np.interp(np.log(run["params"]), x, y)))
         lines = "\n".join(f"    {run!r}," for run in runs)
         name = self.recommended if design is None else design

@@ -44,7 +44,8 @@ def posterior(
     Args:
       draws, warmup: per chain.
 
-    Raises `FeatureMissing` without NumPyro (pip install 'scalelab[bayes]'), `BadInput` for a fit without a likelihood.
+    Raises `FeatureMissing` without NumPyro (pip install 'scalelab[bayes]'), `BadInput` for a fit without a likelihood
+    or a formula that JAX cannot trace (one that decides on values).
     """
     goal = fit.options.objective
     kind = likelihood or ("normal" if goal.kind == "squares" else "student")
@@ -141,10 +142,16 @@ def _sample(
             num_warmup=warmup,
             num_samples=draws,
             num_chains=chains,
-            chain_method="vectorized",
+            chain_method="sequential",
             progress_bar=False,
         )
         first = 0.5 * np.random.default_rng(seed).standard_normal((chains, len(density.location)))
+        try:
+            known = np.isfinite(np.asarray(jax.jit(jax.vmap(density.log_density))(first)))
+        except (TypeError, AttributeError):
+            remedy = "its formula decides on values, or calls what JAX lacks: it has a bootstrap, and no posterior"
+            raise BadInput("law", density.law.name, remedy) from None
+        first = np.where(known[:, None], first, 0.0)  # beyond a bound: from the fit itself
         first = jax.numpy.asarray(first if chains > 1 else first[0])
         sampler.run(jax.random.key(seed), init_params=first, extra_fields=("diverging",))
         z = np.asarray(sampler.get_samples(group_by_chain=True), np.float64)

@@ -12,7 +12,8 @@ import numpy as np
 
 
 class Traced(np.lib.mixins.NDArrayOperatorsMixin):
-    """A JAX array on which NumPy's functions act."""
+    """A JAX array on which NumPy's functions act. A formula that decides on values (`if`, `while`) cannot be traced:
+    it raises JAX's own TracerBoolConversionError."""
 
     __slots__ = ("value",)
 
@@ -26,6 +27,9 @@ class Traced(np.lib.mixins.NDArrayOperatorsMixin):
     @property
     def ndim(self) -> int:
         return self.value.ndim
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
 
     def __getitem__(self, key: Any) -> Traced:
         return Traced(self.value[key])
