@@ -85,8 +85,13 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
         add_arguments(build)
     p = command("bench", "Measure scalelab itself; ratios to a baseline in the same run")
-    p.add_argument("what", choices=("step",), help="step: the loop's overhead over the bare jitted step")
-    p.add_argument("--pairs", type=int, default=300, metavar="N", help="interleaved pairs (default: 300)")
+    p.add_argument(
+        "what", choices=("step", "fit"),
+        help="step: the loop's overhead over the bare jitted step; fit: fitting a law, against SciPy",
+    )  # fmt: skip
+    p.add_argument("--pairs", type=int, default=300, metavar="N", help="step: interleaved pairs (default: 300)")
+    p.add_argument("--repeats", type=int, default=7, metavar="N", help="fit: interleaved repeats (default: 7)")
+    p.add_argument("--whole", action="store_true", help="fit: time SciPy's 4,500 starts in full too")
     return parser
 
 
@@ -295,6 +300,12 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.what == "fit":
+        for library in ("OPENBLAS", "MKL", "OMP"):  # one thread for both sides; read when NumPy is imported
+            os.environ[f"{library}_NUM_THREADS"] = "1"
+        from scalelab.bench import fit
+
+        return fit.main(args.repeats, args.whole)
     from scalelab.bench import step
 
     return step.main(args.pairs)

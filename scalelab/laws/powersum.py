@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from scalelab.laws.regression import Regression
-from scalelab.laws.solver import eliminate
+from scalelab.laws.solver import ALONE, eliminate
 
 EXPONENTS = (1e-3, 4.0)  # what a fitted exponent may be
 LOG_TERM = (-35.0, 5.0)  # a term at the centre of the data, relative to the geometric mean of the loss
@@ -151,7 +151,8 @@ class PowerSum(Regression):
         return self.grid_starts(weights[None], GRID, BLOCKS)[0, :count]
 
     def cold_starts(self, weights):
-        parts = [self.grid_starts(weights[i : i + 512], COARSE_GRID, 1)[:, 0] for i in range(0, len(weights), 512)]
+        size = max(1, ALONE // (len(COARSE_GRID) * self.rows))
+        parts = [self.grid_starts(weights[i : i + size], COARSE_GRID, 1)[:, 0] for i in range(0, len(weights), size)]
         return np.concatenate(parts)
 
     def grid_starts(
@@ -169,8 +170,7 @@ class PowerSum(Regression):
         index = np.indices((G,) * K).reshape(K, -1)  # (K, G^K)
         shape = (index.shape[1], R)
         gram, right = np.empty((K + 1, K + 1, *shape)), np.empty((K + 1, *shape))
-        gram[0, 0] = relative**2 @ weights.T
-        right[0] = relative @ weights.T
+        gram[0, 0], right[0] = np.stack([relative**2, relative]) @ weights.T
         for k in range(K):
             gram[0, k + 1] = gram[k + 1, 0] = ((basis[k] * relative) @ weights.T)[index[k]]
             right[k + 1] = (basis[k] @ weights.T)[index[k]]

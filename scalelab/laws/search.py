@@ -12,10 +12,10 @@ from scalelab.laws.objective import Objective
 from scalelab.laws.progress import progress
 from scalelab.laws.regression import Regression
 from scalelab.laws.resample import Resamples
-from scalelab.laws.solver import Solution, minimise
+from scalelab.laws.solver import ALONE, Solution, minimise
 
 AGREE = 1e-6  # relative excess of the objective up to which a start has found the optimum
-EXCHANGED = 128  # optima of bootstrap draws that the other draws are compared with
+EXCHANGED = 64  # optima of bootstrap draws that the other draws are compared with
 
 
 def polish(
@@ -99,12 +99,14 @@ class _Best:
 
     def exchange(self) -> None:
         """Offer each lane the optimum of another that suits its weights better than its own: then it sat in a worse
-        basin. One matrix product compares them all."""
+        basin. Matrix products compare them all."""
         others = self.theta[self.converged][:EXCHANGED]
         if len(others) < 2:
             return
         loss = self.goal.rho(self.problem.model(others) - self.problem.data)[0]
-        values = self.weights @ np.nan_to_num(loss, nan=1e300, posinf=1e300).T
+        loss = np.nan_to_num(loss, nan=1e300, posinf=1e300)
+        size = max(1, ALONE // loss.size)
+        values = np.concatenate([self.weights[i : i + size] @ loss.T for i in range(0, len(self.weights), size)])
         pick = values.argmin(axis=1)
         fooled = np.flatnonzero(values[np.arange(len(pick)), pick] < self.value * (1 - AGREE))
         if len(fooled):

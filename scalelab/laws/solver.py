@@ -27,7 +27,13 @@ ROUNDING = 1e-14
 DAMPING = 0.3  # at the start, relative to the metric
 HOPE = 100.0  # a lane gains at most so many times what its quadratic model promises
 SOFT = 1e-4  # keeps the metric, scaled to a unit diagonal, from being singular
+ALONE = 1 << 18  # multiply-adds up to which BLAS does not wake its threads, which here wait longer than they work
 LANE_ELEMENTS = 3 << 14  # lanes x rows that are worked on at once: the arrays stay in the second-level cache
+
+# The C library hands freed arrays back to the kernel and fetches them anew, page by page, which costs as much as the
+# arithmetic on them; after one large array (untouched, so free of cost) has gone, it keeps up to twice as much.
+_large = np.empty(1 << 21)
+del _large
 
 
 @dataclasses.dataclass(frozen=True)
