@@ -83,6 +83,8 @@ def counts(config: Any) -> Counts:
     of_role = {"embedding": 0, "unembedding": 0}
     for path, tensor in leaves:
         assert isinstance(tensor, Tensor)
+        if tensor.role == "buffer":
+            continue
         times = spec.copies(path[0].key)
         total += times * tensor.size
         active += times * tensor.active_size

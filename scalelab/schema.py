@@ -15,6 +15,19 @@ from scalelab.errors import BadInput
 Config: TypeAlias = Any
 
 
+# Sections of mixers that came after the first schema.
+LATER_SECTIONS: dict[str, dict[str, Any]] = {
+    "mamba2": {
+        "expand": 2,  # inner width E over the width
+        "head_dim": 64,  # P; E / P heads
+        "state": 128,  # N
+        "groups": 1,  # G: heads that share B and C, E / P / G each
+        "conv": 4,  # K
+        "chunk": 64,  # Q
+    },
+}
+
+
 def base() -> Config:
     """Every field that a run has, with its default. Types are those of the defaults; all fields are required."""
     config = ConfigDict()
@@ -53,6 +66,7 @@ def base() -> Config:
                 "bias": False,
             },
             "mlp": {"kind": "swiglu", "hidden": 704, "bias": False},  # swiglu | gelu
+            **{section: dict(fields) for section, fields in LATER_SECTIONS.items()},
         }
     )
     config.data = ConfigDict(
@@ -111,7 +125,9 @@ def base() -> Config:
 # tokenizer's name, which may be a path: the content hashes know the tokenizer.
 OUTSIDE_ID = ("checkpoint", "log", "mesh", "runs", "data.threads", "data.tokenizer")
 # Fields added after schema 1, with the default under which the older runs ran: left out of the id where equal.
-ADDED_LATER: dict[str, Any] = {}
+ADDED_LATER: dict[str, Any] = {
+    f"model.{section}.{name}": value for section, fields in LATER_SECTIONS.items() for name, value in fields.items()
+}
 
 # ------------------------------------------------------------------------------------------------ validation
 

@@ -7,8 +7,10 @@ peri  x + N_out(f(N_in(x)))  out   x + N_out(f(x))
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +25,8 @@ NORMS = {"pre": ("norm",), "post": ("norm",), "peri": ("norm", "norm_out"), "out
 class Block(nnx.Module):
     def __init__(self, spec: Spec, block: BlockSpec, draw: Source, lead: tuple[int, ...] = ()):
         self.spec, self.block = spec, block
+        copies = lead[0] if lead else 1
+        draw = partial(draw, layer=block.layer + block.stride * np.arange(copies))
         self.mixer = MIXERS[block.mixer](spec, block.mixer_options, draw, lead)
         self.mixer_norms = nnx.Dict({name: Norm(spec, None, draw, lead) for name in NORMS[spec.placement]})
         if block.channel != "none":

@@ -205,7 +205,7 @@ def build(config: Any, rngs: nnx.Rngs) -> LanguageModel:
     """The model of a config (its `model` section, vocabulary known), parameters drawn. Raises `BadInput`."""
     spec = resolve(config)
     tensors = jax.tree_util.tree_leaves_with_path(LanguageModel.tensors(spec))
-    matrices = [t.size * spec.copies(path[0].key) for path, t in tensors if t.role != "vector"]
+    matrices = [t.size * spec.copies(path[0].key) for path, t in tensors if t.random]
     return LanguageModel(spec, spec.init.source(rngs.params(), sum(matrices)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,15 @@ def resolve(config: Any) -> Spec:
     if rest or repeats < 1:
         what = f"{outside} (prefix and suffix) plus a multiple of {len(period)} (blocks)"
         raise BadInput("config.model.layers", config.layers, f"must be {what}, such as {outside + len(period)}")
+    first, stride = len(prefix), len(period)
+    prefix, period, suffix = (
+        tuple(dataclasses.replace(block, layer=start + i, stride=step) for i, block in enumerate(blocks))
+        for blocks, start, step in (
+            (prefix, 0, 1),
+            (period, first, stride),
+            (suffix, first + stride * repeats, 1),
+        )
+    )
     return Spec(
         vocab_size=config.vocab_size,
         width=config.width,
