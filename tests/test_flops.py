@@ -173,3 +173,13 @@ def test_jaxpr_count_of_known_programs():
     assert count(lambda p, x: jax.lax.cond(p, lambda x: x @ x, lambda x: x, x), True, square) == 2 * 4**3
     with pytest.raises(NotImplementedError, match="while"):
         count(lambda x: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ x, x), square)
+
+
+def test_mamba2_130m():
+    config = section(
+        vocab_size=50288, width=768, layers=24, blocks=(("mamba2", "none"),), norm_eps=1e-5, mamba2__chunk=256
+    )
+    counts = flops.counts(config)
+    assert (counts.total, counts.non_embedding) == (128_989_632, 90_368_448)
+    assert flops.per_token(config, 2048).forward == 287_026_176
+    assert flops.state_bytes(config, 2048) == pytest.approx(19.1e6, rel=0.002)

@@ -16,7 +16,10 @@ def gated_recurrence(q, k, v, log_decay, state=None, reset=None):
 
     def token(S, x):
         q, k, v, g, new = x
-        S = jnp.where(new[:, None, None, None], 0.0, jnp.exp(g)[..., None, None] * S) + k[..., :, None] * v[..., None, :]
+        S = (
+            jnp.where(new[:, None, None, None], 0.0, jnp.exp(g)[..., None, None] * S)
+            + k[..., :, None] * v[..., None, :]
+        )
         return S, jnp.sum(S * q[..., :, None], axis=-2)
 
     xs = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (q, k, v, log_decay.astype(jnp.float32), reset))

@@ -48,7 +48,7 @@ class Attention(Mixer):
     # -------------------------------------------------------------------------------- pure functions of the config
 
     @staticmethod
-    def check(options: AttentionOptions, field: str) -> None:
+    def check(options: AttentionOptions, field: str, width: int) -> None:
         o = options
         for name in ("heads", "kv_heads", "head_dim"):
             at_least(f"{field}.{name}", getattr(o, name), 1)

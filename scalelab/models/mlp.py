@@ -32,7 +32,7 @@ class MLP(ChannelMixer):
     down: nnx.Param
 
     @staticmethod
-    def check(options: MLPOptions, field: str) -> None:
+    def check(options: MLPOptions, field: str, width: int) -> None:
         choice(f"{field}.kind", options.kind, ("swiglu", "gelu"))
         at_least(f"{field}.hidden", options.hidden, 1)
 

@@ -44,7 +44,7 @@ class Mixer(Part):
     Options: ClassVar[type]  # frozen dataclass; its fields are those of the mixer's section in the config
 
     @staticmethod
-    def check(options: Any, field: str) -> None:
+    def check(options: Any, field: str, width: int) -> None:
         """Raises `BadInput` (names starting with `field`) for options that cannot be."""
         raise NotImplementedError
 
@@ -88,7 +88,7 @@ class ChannelMixer(Part):
     Options: ClassVar[type]
 
     @staticmethod
-    def check(options: Any, field: str) -> None:
+    def check(options: Any, field: str, width: int) -> None:
         """Raises `BadInput` (names starting with `field`) for options that cannot be."""
         raise NotImplementedError
 

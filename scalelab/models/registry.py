@@ -8,6 +8,7 @@ from typing import Any
 
 from scalelab.errors import BadInput
 from scalelab.models.attention import Attention
+from scalelab.models.mamba import Mamba2
 from scalelab.models.mlp import MLP
 from scalelab.models.part import ChannelMixer, Mixer
 from scalelab.models.spec import BlockSpec, Spec, options
@@ -15,7 +16,7 @@ from scalelab.parametrization import INITS
 from scalelab.schema import at_least, choice
 
 # A name is also that of the mixer's section in `config.model`.
-MIXERS: dict[str, type[Mixer]] = {"attention": Attention}
+MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "mamba2": Mamba2}
 CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP}
 
 
@@ -87,9 +88,9 @@ def _block(config: Any, entry: Any, field: str) -> BlockSpec:
     choice(f"{field}: mixer", mixer, MIXERS)
     choice(f"{field}: channel mixer", channel, (*CHANNELS, "none"))
     chosen = options(MIXERS[mixer].Options, config[mixer], changes, f"config.{field}")
-    MIXERS[mixer].check(chosen, f"{field}" if changes else f"model.{mixer}")
+    MIXERS[mixer].check(chosen, f"{field}" if changes else f"model.{mixer}", config.width)
     if channel == "none":
         return BlockSpec(mixer, chosen, channel, None)
     channel_options = options(CHANNELS[channel].Options, config[channel], {}, f"config.model.{channel}")
-    CHANNELS[channel].check(channel_options, f"model.{channel}")
+    CHANNELS[channel].check(channel_options, f"model.{channel}", config.width)
     return BlockSpec(mixer, chosen, channel, channel_options)

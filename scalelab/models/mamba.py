@@ -1,0 +1,185 @@
+"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a linear recurrence with one decay per head, in chunks.
+
+    z, x, B, C = u W_in;  dt = softplus(u W_dt + dt_bias)      (x, B, C) = silu(conv(x, B, C))
+    S_t = exp(-exp(A_log) dt_t) S_{t-1} + B_t (dt_t x_t)^T     y_t = S_t^T C_t + D x_t
+    out = gnorm(y silu(z)) W_out
+
+Inner width E = expand * D in H = E / P heads; B and C are shared by the heads of a group. gnorm is RMSNorm after the
+gate, its mean square inside each group (eps 1e-5, as published). W_in and W_dt are one matrix in public checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import gated_recurrence
+from scalelab.errors import BadInput
+from scalelab.models.layers import linear, pointwise
+from scalelab.models.part import Mixer
+from scalelab.models.sequence import beginnings, no_past, short_conv
+from scalelab.models.spec import Flops, Spec
+from scalelab.parametrization import Depth, Tensor, between, uniform
+from scalelab.schema import at_least
+
+EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Options:
+    """See `schema.LATER_SECTIONS`."""
+
+    expand: int
+    head_dim: int
+    state: int
+    groups: int
+    conv: int
+    chunk: int
+
+
+class Mamba2(Mixer):
+    Options = Mamba2Options
+
+    # -------------------------------------------------------------------------------- pure functions of the config
+
+    @staticmethod
+    def check(options: Mamba2Options, field: str, width: int) -> None:
+        o = options
+        for name in ("expand", "head_dim", "state", "groups", "conv", "chunk"):
+            at_least(f"{field}.{name}", getattr(o, name), 1)
+        if o.expand * width % o.head_dim:
+            raise BadInput(f"config.{field}.head_dim", o.head_dim, f"must divide the inner width {o.expand * width}")
+        if (o.expand * width // o.head_dim) % o.groups:
+            heads = o.expand * width // o.head_dim
+            raise BadInput(f"config.{field}.groups", o.groups, f"must divide the {heads} heads")
+
+    @staticmethod
+    def sizes(spec: Spec, options: Mamba2Options) -> tuple[int, int, int]:
+        """(E, H, channels of the convolution)."""
+        E = options.expand * spec.width
+        return E, E // options.head_dim, E + 2 * options.groups * options.state
+
+    @staticmethod
+    def tensors(spec: Spec, options: Mamba2Options) -> dict[str, Tensor]:
+        D = spec.width
+        E, H, channels = Mamba2.sizes(spec, options)
+        return {
+            "inward": Tensor((D, E + channels), "hidden", fan_in=D, start=uniform(D**-0.5)),
+            "dt": Tensor((D, H), "gate", fan_in=D, start=uniform(D**-0.5)),
+            "conv": Tensor((options.conv, channels), "vector", start=uniform(options.conv**-0.5)),
+            "conv_bias": Tensor((channels,), "vector", start=uniform(options.conv**-0.5)),
+            "dt_bias": Tensor((H,), "vector", start=dt_bias),
+            "A_log": Tensor((H,), "vector", start=lambda z, depth: jnp.log(between(1.0, 16.0)(z, depth))),
+            "D": Tensor((H,), "vector", fill=1.0),
+            "norm": Tensor((E,), "vector", fill=1.0),
+            "out": Tensor((E, D), "hidden", fan_in=E, residual=True, start=residual_uniform(E)),
+        }
+
+    @staticmethod
+    def flops(spec: Spec, options: Mamba2Options, seq_len: int) -> Flops:
+        o, D, T = options, spec.width, seq_len
+        (E, H, channels), G, N, P, Q = Mamba2.sizes(spec, o), o.groups, o.state, o.head_dim, min(o.chunk, T)
+        c = (Q + 1) / 2
+        matrices = 2 * D * (E + channels + H) + 2 * E * D
+        exact = 2 * o.conv * channels + G * 2 * N * c + H * (2 * P * c + 4 * N * P + 2 * N * P / Q) + 2 * H * P
+        padded = -(-T // Q) * Q / T
+        return Flops(matrices + exact, matrices + padded * (G * 2 * N * Q + H * (2 * P * Q + 4 * N * P)))
+
+    @staticmethod
+    def decode_flops(spec: Spec, options: Mamba2Options, context: int) -> float:
+        """The recurrence itself: decay and add 3 N P, read 2 N P, skip 2 P a head."""
+        o, D = options, spec.width
+        E, H, channels = Mamba2.sizes(spec, o)
+        recurrence = H * (5 * o.state * o.head_dim + 2 * o.head_dim)
+        return 2 * D * (E + channels + H) + 2 * E * D + 2 * o.conv * channels + recurrence
+
+    @staticmethod
+    def state_bytes(spec: Spec, options: Mamba2Options, length: int, dtype_bytes: int) -> int:
+        E, _, channels = Mamba2.sizes(spec, options)
+        return E * options.state * 4 + channels * (options.conv - 1) * dtype_bytes
+
+    # -------------------------------------------------------------------------------- the module
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"] | None,
+        positions: Int[Array, "#B T"],
+        state: dict[str, Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None, dict[str, Any]]:
+        o, (B, T, _) = self.options, x.shape
+        E, H, _ = self.sizes(self.spec, o)
+        before = state or self.init_state(B, T)
+        z, inner = jnp.split(linear(x, self.weight("inward")), [E], axis=-1)
+        inner, past, past_segments = short_conv(
+            inner, self.conv[...], self.conv_bias[...], before["conv"], segment_ids, before["conv_segments"]
+        )
+        u, k, q = jnp.split(jax.nn.silu(inner), [E, E + o.groups * o.state], axis=-1)
+        u = u.reshape(B, T, H, o.head_dim)
+        k, q = (a.reshape(B, T, o.groups, o.state) for a in (k, q))
+        dt, decay = self._rates(x)
+        y, S = gated_recurrence.gated_recurrence(
+            q,
+            k,
+            (dt[..., None] * u).astype(u.dtype),
+            decay,
+            before["S"] if state is not None else None,
+            beginnings(segment_ids, before["segment"] if state is not None else None),
+            chunk=o.chunk,
+        )
+        y = y + self.weight("D")[:, None] * u
+        after = None
+        if state is not None:
+            last = before["segment"] if segment_ids is None else segment_ids[:, -1]
+            after = {"S": S, "conv": past, "conv_segments": past_segments, "segment": last}
+        return self._out(y.reshape(B, T, E), z), after, {}
+
+    def init_state(self, batch: int, max_len: int) -> dict[str, Array]:
+        o = self.options
+        _, H, channels = self.sizes(self.spec, o)
+        past, past_segments = no_past(batch, o.conv, channels, self.spec.dtype)
+        return {
+            "S": jnp.zeros((batch, H, o.state, o.head_dim), jnp.float32),
+            "conv": past,
+            "conv_segments": past_segments,
+            "segment": jnp.zeros((batch,), jnp.int32),
+        }
+
+    def step(self, x_t: Float[Array, "B D"], state: dict[str, Array]) -> tuple[Float[Array, "B D"], dict[str, Array]]:
+        """One token; the same arithmetic as the full pass, in a chunk of one."""
+        y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
+        assert after is not None
+        return y[:, 0], after
+
+    def _rates(self, x: Array) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
+        """dt and log decay, float32."""
+        dt = jax.nn.softplus(linear(x, self.weight("dt")).astype(jnp.float32) + self.dt_bias[...])
+        return dt, -jnp.exp(self.A_log[...]) * dt
+
+    def _out(self, y: Array, z: Array) -> Array:
+        groups = self.options.groups
+
+        @pointwise
+        def gated_norm(y: Array, z: Array, gain: Array) -> Array:
+            h = (y * jax.nn.silu(z)).astype(jnp.float32)
+            by_group = h.reshape(*h.shape[:-1], groups, -1)
+            scale = jax.lax.rsqrt(jnp.mean(jnp.square(by_group), axis=-1, keepdims=True) + EPS)
+            return ((by_group * scale).reshape(h.shape) * gain).astype(y.dtype)
+
+        return linear(gated_norm(y, z, self.norm[...]), self.weight("out"))
+
+
+def dt_bias(z: Array, depth: Depth) -> Array:
+    """Inverse softplus of dt0, log-uniform in 1e-3 to 1e-1."""
+    dt = jnp.exp(between(math.log(1e-3), math.log(1e-1))(z, depth))
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def residual_uniform(fan_in: int) -> Any:
+    """U(+-1/sqrt(fan-in)) / sqrt(L): L residual branches add up."""
+    return lambda z, depth: uniform(fan_in**-0.5)(z, depth) / math.sqrt(depth.layers)
