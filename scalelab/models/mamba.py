@@ -117,7 +117,7 @@ class Mamba2(Mixer):
         before = state or self.init_state(B, T)
         z, inner = jnp.split(linear(x, self.weight("inward")), [E], axis=-1)
         inner, past, past_segments = short_conv(
-            inner, self.conv[...], self.conv_bias[...], before["conv"], segment_ids, before["conv_segments"]
+            inner, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
         u, k, q = jnp.split(jax.nn.silu(inner), [E, E + o.groups * o.state], axis=-1)
         u = u.reshape(B, T, H, o.head_dim)
@@ -158,8 +158,8 @@ class Mamba2(Mixer):
 
     def _rates(self, x: Array) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
         """dt and log decay, float32."""
-        dt = jax.nn.softplus(linear(x, self.weight("dt")).astype(jnp.float32) + self.dt_bias[...])
-        return dt, -jnp.exp(self.A_log[...]) * dt
+        dt = jax.nn.softplus(linear(x, self.weight("dt")).astype(jnp.float32) + self.exact("dt_bias"))
+        return dt, -jnp.exp(self.exact("A_log")) * dt
 
     def _out(self, y: Array, z: Array) -> Array:
         groups = self.options.groups
@@ -171,7 +171,7 @@ class Mamba2(Mixer):
             scale = jax.lax.rsqrt(jnp.mean(jnp.square(by_group), axis=-1, keepdims=True) + EPS)
             return ((by_group * scale).reshape(h.shape) * gain).astype(y.dtype)
 
-        return linear(gated_norm(y, z, self.norm[...]), self.weight("out"))
+        return linear(gated_norm(y, z, self.exact("norm")), self.weight("out"))
 
 
 def dt_bias(z: Array, depth: Depth) -> Array:

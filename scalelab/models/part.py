@@ -36,6 +36,10 @@ class Part(nnx.Module):
         """A parameter in the compute dtype."""
         return getattr(self, name)[...].astype(self.spec.dtype)
 
+    def exact(self, name: str) -> Array:
+        """A parameter in float32."""
+        return getattr(self, name)[...]
+
 
 class Mixer(Part):
     """Mixes along the sequence, causally. The full pass, step by step, and any split with the state carried over give
