@@ -74,7 +74,7 @@ def between(low: float, high: float) -> Start:
     return lambda z, depth: low + (high - low) * 0.5 * (1 + jax.scipy.special.erf(z / math.sqrt(2)))
 
 
-def constant(values: Array) -> Start:
+def constant(values: Any) -> Start:
     """The same values in every layer."""
     return lambda z, depth: jnp.broadcast_to(values, z.shape)
 

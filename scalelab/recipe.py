@@ -42,6 +42,17 @@ def transformer(width: int) -> Shape:
     }
 
 
+def mamba(width: int) -> Shape:
+    """Mamba-1: a mixer has half of a Transformer layer's parameters, hence twice the layers."""
+    return {
+        "family": "mamba",
+        "model.width": width,
+        "model.layers": max(4, 2 * round(width / 64)),
+        "model.blocks": (("mamba", "none"),),
+        "model.norm_eps": 1e-5,
+    }
+
+
 def mamba2(width: int) -> Shape:
     """Mamba-2: a mixer has half of a Transformer layer's parameters, hence twice the layers."""
     return {
@@ -55,7 +66,7 @@ def mamba2(width: int) -> Shape:
     }
 
 
-FAMILIES: dict[str, Callable[[int], Shape]] = {"transformer": transformer, "mamba2": mamba2}
+FAMILIES: dict[str, Callable[[int], Shape]] = {"transformer": transformer, "mamba": mamba, "mamba2": mamba2}
 
 
 def shape(family: str, width: int) -> Shape:
@@ -104,13 +115,17 @@ def learning_rate(width: int) -> float:
 SIZES = {"xs": 64, "s": 128, "m": 256, "l": 512}  # widths
 
 
-def config(family: str, arg: str, published: Mapping[str, Shape]) -> Config:
+ARGUMENTS = {"size": "s", "params": 0.0, "steps": 1000, "data": "", "tokenizer": "bytes", "dtype": "bfloat16"}
+
+
+def config(family: str, arg: str, published: Mapping[str, Shape], **others: Any) -> Config:
     """What the `get_config(arg)` of a family's file gives: a size of the recipe, or one of the `published` shapes.
 
     Arguments: size, or params (target without embeddings, active ones), steps, data (a text file or folder, a folder of
-    token shards, or synthetic[:spec]; default: the source of Python's standard library), tokenizer (for text), dtype.
+    token shards, or synthetic[:spec]; default: the source of Python's standard library), tokenizer (for text), dtype;
+    `others` are those that the file itself has read.
     """
-    args = parse_arg(arg, size="s", params=0.0, steps=1000, data="", tokenizer="bytes", dtype="bfloat16")
+    args = parse_arg(arg, **ARGUMENTS, **others)
     if args.size not in (*SIZES, *published):
         raise BadInput("config argument size", args.size, f"must be one of {', '.join((*SIZES, *published))}")
     if args.params:

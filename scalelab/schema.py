@@ -17,6 +17,13 @@ Config: TypeAlias = Any
 
 # Sections of mixers that came after the first schema.
 LATER_SECTIONS: dict[str, dict[str, Any]] = {
+    "mamba": {
+        "expand": 2,  # inner width E over the width
+        "state": 16,  # N
+        "conv": 4,  # K
+        "dt_rank": 0,  # R; 0: width / 16, rounded up
+        "chunk": 64,  # tokens between the states that the backward pass keeps
+    },
     "mamba2": {
         "expand": 2,  # inner width E over the width
         "head_dim": 64,  # P; E / P heads

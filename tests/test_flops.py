@@ -175,6 +175,16 @@ def test_jaxpr_count_of_known_programs():
         count(lambda x: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ x, x), square)
 
 
+def test_mamba_130m():
+    config = section(vocab_size=50280, width=768, layers=24, blocks=(("mamba", "none"),), norm_eps=1e-5)
+    counts = flops.counts(config)
+    assert (counts.total, counts.non_embedding) == (129_135_360, 90_520_320)
+    for seq_len in (1, 100, 2048):
+        assert flops.per_token(config, seq_len).forward == 261_107_712
+    assert flops.decode_per_token(config, 7) == 261_107_712
+    assert flops.state_bytes(config, 2048) == flops.state_bytes(config, 1) == 24 * (1536 * 16 * 4 + 1536 * 3 * 2)
+
+
 def test_mamba2_130m():
     config = section(
         vocab_size=50288, width=768, layers=24, blocks=(("mamba2", "none"),), norm_eps=1e-5, mamba2__chunk=256

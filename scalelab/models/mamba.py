@@ -1,11 +1,18 @@
-"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a linear recurrence with one decay per head, in chunks.
+"""Mamba-1 (Gu & Dao 2023, arXiv 2312.00752) and Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): selective recurrences.
 
-    z, x, B, C = u W_in;  dt = softplus(u W_dt + dt_bias)      (x, B, C) = silu(conv(x, B, C))
-    S_t = exp(-exp(A_log) dt_t) S_{t-1} + B_t (dt_t x_t)^T     y_t = S_t^T C_t + D x_t
-    out = gnorm(y silu(z)) W_out
+Mamba-1, inner width E = expand * D, every (channel, state) pair with a decay of its own:
 
-Inner width E = expand * D in H = E / P heads; B and C are shared by the heads of a group. gnorm is RMSNorm after the
-gate, its mean square inside each group (eps 1e-5, as published). W_in and W_dt are one matrix in public checkpoints.
+    u, z = x W_in;  u = silu(conv(u));  r, B, C = u W_x;  dt = softplus(r W_dt + b_dt);  A = -exp(A_log)
+    h_t = exp(dt_t A) h_{t-1} + (dt_t u_t) B_t^T     y_t = h_t C_t + D u_t     out = (y silu(z)) W_out
+
+Mamba-2, E in H = E / P heads with one decay each; B and C are shared by the heads of a group:
+
+    z, u, B, C = x W_in;  dt = softplus(x W_dt + dt_bias);  (u, B, C) = silu(conv(u, B, C))
+    S_t = exp(-exp(A_log) dt_t) S_{t-1} + B_t (dt_t u_t)^T     y_t = S_t^T C_t + D u_t     out = gnorm(y silu(z)) W_out
+
+gnorm is RMSNorm after the gate, its mean square inside each group (eps 1e-5, as published). W_in and W_dt are one
+matrix in public checkpoints of Mamba-2. Matrices start as torch's linear maps do, outputs divided by sqrt(L), whatever
+`model.init` says of the other parts.
 """
 
 from __future__ import annotations
@@ -16,18 +23,137 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import gated_recurrence
+from pallas_kernels import gated_recurrence, selective_scan
 from scalelab.errors import BadInput
 from scalelab.models.layers import linear, pointwise
 from scalelab.models.part import Mixer
 from scalelab.models.sequence import beginnings, no_past, short_conv
 from scalelab.models.spec import Flops, Spec
-from scalelab.parametrization import Depth, Tensor, between, uniform
+from scalelab.parametrization import Depth, Tensor, between, constant, uniform
 from scalelab.schema import at_least
 
 EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaOptions:
+    """See `schema.LATER_SECTIONS`."""
+
+    expand: int
+    state: int
+    conv: int
+    dt_rank: int
+    chunk: int
+
+
+class Mamba(Mixer):
+    Options = MambaOptions
+
+    # -------------------------------------------------------------------------------- pure functions of the config
+
+    @staticmethod
+    def check(options: MambaOptions, field: str, width: int) -> None:
+        for name in ("expand", "state", "conv", "chunk"):
+            at_least(f"{field}.{name}", getattr(options, name), 1)
+        at_least(f"{field}.dt_rank", options.dt_rank, 0)
+
+    @staticmethod
+    def sizes(spec: Spec, options: MambaOptions) -> tuple[int, int]:
+        """(E, R)."""
+        return options.expand * spec.width, options.dt_rank or -(-spec.width // 16)
+
+    @staticmethod
+    def tensors(spec: Spec, options: MambaOptions) -> dict[str, Tensor]:
+        D, N, K = spec.width, options.state, options.conv
+        E, R = Mamba.sizes(spec, options)
+        return {
+            "inward": Tensor((D, 2 * E), "hidden", fan_in=D, start=uniform(D**-0.5)),
+            "conv": Tensor((K, E), "vector", start=uniform(K**-0.5)),
+            "conv_bias": Tensor((E,), "vector", start=uniform(K**-0.5)),
+            "x": Tensor((E, R + 2 * N), "hidden", fan_in=E, start=uniform(E**-0.5)),
+            "dt": Tensor((R, E), "hidden", fan_in=R, start=uniform(R**-0.5)),
+            "dt_bias": Tensor((E,), "vector", start=dt_bias),
+            "A_log": Tensor((E, N), "vector", start=constant(np.log(np.arange(1.0, N + 1)))),
+            "D": Tensor((E,), "vector", fill=1.0),
+            "out": Tensor((E, D), "hidden", fan_in=E, residual=True, start=residual_uniform(E)),
+        }
+
+    @staticmethod
+    def flops(spec: Spec, options: MambaOptions, seq_len: int) -> Flops:
+        D, N, K = spec.width, options.state, options.conv
+        E, R = Mamba.sizes(spec, options)
+        matrices = 2 * D * 2 * E + 2 * E * (R + 2 * N) + 2 * R * E + 2 * E * D
+        return Flops(matrices + 2 * K * E + 7 * E * N + 4 * E, matrices)
+
+    @staticmethod
+    def decode_flops(spec: Spec, options: MambaOptions, context: int) -> float:
+        return Mamba.flops(spec, options, 1).exact
+
+    @staticmethod
+    def state_bytes(spec: Spec, options: MambaOptions, length: int, dtype_bytes: int) -> int:
+        E, _ = Mamba.sizes(spec, options)
+        return E * options.state * 4 + E * (options.conv - 1) * dtype_bytes
+
+    # -------------------------------------------------------------------------------- the module
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"] | None,
+        positions: Int[Array, "#B T"],
+        state: dict[str, Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None, dict[str, Any]]:
+        o = self.options
+        _, R = self.sizes(self.spec, o)
+        before = state or self.init_state(x.shape[0], x.shape[1])
+        u, z = jnp.split(linear(x, self.weight("inward")), 2, axis=-1)
+        u, past, past_segments = short_conv(
+            u, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
+        )
+        u = jax.nn.silu(u)
+        rank, B, C = jnp.split(linear(u, self.weight("x")), [R, R + o.state], axis=-1)
+        dt = jax.nn.softplus(linear(rank, self.weight("dt")).astype(jnp.float32) + self.exact("dt_bias"))
+        y, h = selective_scan.selective_scan(
+            u,
+            dt,
+            -jnp.exp(self.exact("A_log")),
+            B,
+            C,
+            before["h"] if state is not None else None,
+            beginnings(segment_ids, before["segment"] if state is not None else None),
+            chunk=o.chunk,
+        )
+        y = gated(y, u, z, self.weight("D"))
+        after = None
+        if state is not None:
+            last = before["segment"] if segment_ids is None else segment_ids[:, -1]
+            after = {"h": h, "conv": past, "conv_segments": past_segments, "segment": last}
+        return linear(y, self.weight("out")), after, {}
+
+    def init_state(self, batch: int, max_len: int) -> dict[str, Array]:
+        E, _ = self.sizes(self.spec, self.options)
+        past, past_segments = no_past(batch, self.options.conv, E, self.spec.dtype)
+        return {
+            "h": jnp.zeros((batch, E, self.options.state), jnp.float32),
+            "conv": past,
+            "conv_segments": past_segments,
+            "segment": jnp.zeros((batch,), jnp.int32),
+        }
+
+    def step(self, x_t: Float[Array, "B D"], state: dict[str, Array]) -> tuple[Float[Array, "B D"], dict[str, Array]]:
+        """One token; the same arithmetic as the full pass, in a chunk of one."""
+        y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
+        assert after is not None
+        return y[:, 0], after
+
+
+@pointwise
+def gated(y: Array, u: Array, z: Array, skip: Array) -> Array:
+    """(y + D u) silu(z): the gate multiplies after the skip."""
+    return (y + skip * u) * jax.nn.silu(z)
 
 
 @dataclasses.dataclass(frozen=True)

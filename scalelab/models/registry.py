@@ -8,7 +8,7 @@ from typing import Any
 
 from scalelab.errors import BadInput
 from scalelab.models.attention import Attention
-from scalelab.models.mamba import Mamba2
+from scalelab.models.mamba import Mamba, Mamba2
 from scalelab.models.mlp import MLP
 from scalelab.models.part import ChannelMixer, Mixer
 from scalelab.models.spec import BlockSpec, Spec, options
@@ -16,7 +16,7 @@ from scalelab.parametrization import INITS
 from scalelab.schema import at_least, choice
 
 # A name is also that of the mixer's section in `config.model`.
-MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "mamba2": Mamba2}
+MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}
 CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP}
 
 

@@ -25,6 +25,7 @@ def section(**changes):
 
 MAMBA2 = {"mamba2__head_dim": 4, "mamba2__state": 5, "mamba2__groups": 2, "mamba2__chunk": 4}
 FAMILY = {
+    "mamba": section(blocks=(("mamba", "none"),), mamba__state=3, mamba__chunk=4, mamba__dt_rank=2),
     "mamba2": section(blocks=(("mamba2", "none"),), layers=3, **MAMBA2),
     "hybrid": section(
         blocks=(("mamba2", "none"), ("attention", "mlp", {"window": 4})), layers=4, placement="peri", **MAMBA2
