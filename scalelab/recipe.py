@@ -66,7 +66,26 @@ def mamba2(width: int) -> Shape:
     }
 
 
-FAMILIES: dict[str, Callable[[int], Shape]] = {"transformer": transformer, "mamba": mamba, "mamba2": mamba2}
+def xlstm(width: int) -> Shape:
+    """The large xLSTM's block: mLSTM and SwiGLU, one layer per 64 of width, F = 8/3 D."""
+    grain = 64 if width >= 256 else 16
+    return {
+        "family": "xlstm",
+        "model.width": width,
+        "model.layers": max(2, round(width / 64)),
+        "model.blocks": (("mlstm", "mlp"),),
+        "model.init": "small",
+        "model.mlp.hidden": math.ceil(8 * width / 3 / grain) * grain,
+        "model.mlstm.heads": 4 if width < 2048 else 8,
+    }
+
+
+FAMILIES: dict[str, Callable[[int], Shape]] = {
+    "transformer": transformer,
+    "mamba": mamba,
+    "mamba2": mamba2,
+    "xlstm": xlstm,
+}
 
 
 def shape(family: str, width: int) -> Shape:

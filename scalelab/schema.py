@@ -17,6 +17,19 @@ Config: TypeAlias = Any
 
 # Sections of mixers that came after the first schema.
 LATER_SECTIONS: dict[str, dict[str, Any]] = {
+    "mlstm": {
+        "heads": 4,
+        "qk_factor": 0.5,  # width of all queries over the model's
+        "gate_cap": 15.0,  # of the gates' pre-activations; 0: none
+        "chunk": 64,  # Q
+    },
+    "mlstm_up": {
+        "heads": 4,
+        "expand": 2,  # inner width E over the width
+        "conv": 4,  # K
+        "chunk": 64,  # Q
+    },
+    "slstm": {"heads": 4, "conv": 4},
     "mamba": {
         "expand": 2,  # inner width E over the width
         "state": 16,  # N
@@ -51,7 +64,7 @@ def base() -> Config:
             "prefix": (),
             "blocks": (("attention", "mlp"),),
             "suffix": (),
-            "norm": "rmsnorm",  # rmsnorm | layernorm
+            "norm": "rmsnorm",  # rmsnorm | layernorm | layernorm_gain (no bias)
             "norm_eps": 1e-6,
             "placement": "pre",  # pre | post | peri | out
             "embed_norm": False,
@@ -72,7 +85,7 @@ def base() -> Config:
                 "soft_cap": 0.0,  # 0: none
                 "bias": False,
             },
-            "mlp": {"kind": "swiglu", "hidden": 704, "bias": False},  # swiglu | gelu
+            "mlp": {"kind": "swiglu", "hidden": 704, "bias": False},  # swiglu | geglu | gelu
             **{section: dict(fields) for section, fields in LATER_SECTIONS.items()},
         }
     )

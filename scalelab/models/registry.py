@@ -11,12 +11,17 @@ from scalelab.models.attention import Attention
 from scalelab.models.mamba import Mamba, Mamba2
 from scalelab.models.mlp import MLP
 from scalelab.models.part import ChannelMixer, Mixer
+from scalelab.models.slstm import SLSTM
 from scalelab.models.spec import BlockSpec, Spec, options
+from scalelab.models.xlstm import MLSTM, MLSTMUp
 from scalelab.parametrization import INITS
 from scalelab.schema import at_least, choice
 
 # A name is also that of the mixer's section in `config.model`.
-MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention, "mamba": Mamba, "mamba2": Mamba2,
+    "mlstm": MLSTM, "mlstm_up": MLSTMUp, "slstm": SLSTM,
+}  # fmt: skip
 CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP}
 
 
@@ -32,7 +37,7 @@ def resolve(config: Any) -> Spec:
     for name in ("norm_eps", "init_std"):
         at_least(f"model.{name}", config[name], 0, above=True)
     at_least("model.logit_cap", config.logit_cap, 0)
-    choice("model.norm", config.norm, ("rmsnorm", "layernorm"))
+    choice("model.norm", config.norm, ("rmsnorm", "layernorm", "layernorm_gain"))
     choice("model.placement", config.placement, ("pre", "post", "peri", "out"))
     choice("model.init", config.init, INITS)
     choice("model.compute_dtype", config.compute_dtype, ("bfloat16", "float32"))

@@ -24,7 +24,18 @@ def section(**changes):
 
 
 MAMBA2 = {"mamba2__head_dim": 4, "mamba2__state": 5, "mamba2__groups": 2, "mamba2__chunk": 4}
+SLSTM = ("slstm", "mlp")
 FAMILY = {
+    "xlstm": section(blocks=(("mlstm", "mlp"),), mlstm__heads=2, mlstm__chunk=4, tied_embeddings=False, logit_cap=30.0),
+    "xlstm_paper": section(
+        blocks=(("mlstm_up", "none"), SLSTM),
+        layers=4,
+        norm="layernorm_gain",
+        mlp__kind="geglu",
+        mlstm_up__heads=2,
+        mlstm_up__chunk=4,
+        slstm__heads=2,
+    ),
     "mamba": section(blocks=(("mamba", "none"),), mamba__state=3, mamba__chunk=4, mamba__dt_rank=2),
     "mamba2": section(blocks=(("mamba2", "none"),), layers=3, **MAMBA2),
     "hybrid": section(
