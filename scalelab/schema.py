@@ -17,6 +17,11 @@ Config: TypeAlias = Any
 
 # Sections of mixers that came after the first schema.
 LATER_SECTIONS: dict[str, dict[str, Any]] = {
+    "parscale": {
+        "streams": 1,  # P; 1: the plain model
+        "prefix": 48,  # learned keys and values of each stream in every attention layer
+        "smoothing": 0.01,  # eps: each stream weighs at least eps / P; the paper's runs had 0.1
+    },
     "mlstm": {
         "heads": 4,
         "qk_factor": 0.5,  # width of all queries over the model's

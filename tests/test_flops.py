@@ -197,6 +197,18 @@ def test_xlstm(shape, seq_len, total, body, forward):
     assert flops.per_token(config, seq_len).forward == forward
 
 
+@pytest.mark.parametrize(
+    ("streams", "published"), [(1, 535_813_376), (2, 538_195_842), (4, 540_577_412), (8, 545_340_552)]
+)
+def test_parscale(streams, published):
+    config = section(
+        vocab_size=1000, width=896, layers=36, attention__heads=16, attention__kv_heads=2, attention__head_dim=56,
+        mlp__hidden=4864, parscale__streams=streams,
+    )  # fmt: skip
+    biases = 36 * (16 + 2 * 2) * 56  # of q, k and v, which the official model has
+    assert flops.counts(config).non_embedding + biases == published
+
+
 def test_paper_xlstm_by_hand():
     """Section 4.3 and 4.4 of the specification, norms included, F' given."""
     D, K, H, F = 64, 4, 4, 128

@@ -15,7 +15,7 @@ from scalelab.models.slstm import SLSTM
 from scalelab.models.spec import BlockSpec, Spec, options
 from scalelab.models.xlstm import MLSTM, MLSTMUp
 from scalelab.parametrization import INITS
-from scalelab.schema import at_least, choice
+from scalelab.schema import at_least, between, choice
 
 # A name is also that of the mixer's section in `config.model`.
 MIXERS: dict[str, type[Mixer]] = {
@@ -37,6 +37,9 @@ def resolve(config: Any) -> Spec:
     for name in ("norm_eps", "init_std"):
         at_least(f"model.{name}", config[name], 0, above=True)
     at_least("model.logit_cap", config.logit_cap, 0)
+    at_least("model.parscale.streams", config.parscale.streams, 1)
+    at_least("model.parscale.prefix", config.parscale.prefix, 1)
+    between("model.parscale.smoothing", config.parscale.smoothing, 0, 1)
     choice("model.norm", config.norm, ("rmsnorm", "layernorm", "layernorm_gain"))
     choice("model.placement", config.placement, ("pre", "post", "peri", "out"))
     choice("model.init", config.init, INITS)
@@ -80,6 +83,9 @@ def resolve(config: Any) -> Spec:
         compute_dtype=config.compute_dtype,
         remat=config.remat,
         loss_chunk=config.loss_chunk,
+        streams=config.parscale.streams,
+        stream_prefix=config.parscale.prefix,
+        stream_smoothing=config.parscale.smoothing,
     )
 
 

@@ -43,6 +43,9 @@ class Spec:
     compute_dtype: str
     remat: str
     loss_chunk: int
+    streams: int
+    stream_prefix: int
+    stream_smoothing: float
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:

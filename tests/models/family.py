@@ -26,6 +26,12 @@ def section(**changes):
 MAMBA2 = {"mamba2__head_dim": 4, "mamba2__state": 5, "mamba2__groups": 2, "mamba2__chunk": 4}
 SLSTM = ("slstm", "mlp")
 FAMILY = {
+    "parscale": section(
+        blocks=(("attention", "mlp", {"window": 3}), ("mamba2", "none")),
+        parscale__streams=3,
+        parscale__prefix=2,
+        **MAMBA2,
+    ),
     "xlstm": section(blocks=(("mlstm", "mlp"),), mlstm__heads=2, mlstm__chunk=4, tied_embeddings=False, logit_cap=30.0),
     "xlstm_paper": section(
         blocks=(("mlstm_up", "none"), SLSTM),

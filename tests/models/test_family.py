@@ -100,7 +100,8 @@ def test_neither_the_future_nor_other_rows_nor_other_documents_leak(name):
     assert (before[:, 6:] != after[:, 6:]).any(axis=(0, 2)).all()
     np.testing.assert_array_equal(before[1:], full(name)(params, text.at[0].set(0))[1:])
     segments = jnp.array([[1] * 6 + [2] * 5] * 2)
-    packed = full(name)(params, text, segments)
+    positions = jnp.array([[*range(6), *range(5)]])  # prefixes are not rotated: they see where a document begins
+    packed = full(name)(params, text, segments, positions)
     close(packed[:, :6], full(name)(params, text[:, :6]))
     close(packed[:, 6:], full(name)(params, text[:, 6:]))
 
