@@ -1,9 +1,9 @@
 """ParScale (Chen et al. 2025, arXiv 2505.10475): P streams through one backbone, mixed per token before the head.
 
 The streams are rows of the batch, those of one sequence next to each other, so that a batch sharded over devices keeps
-them together. They differ by what each mixer adds per stream: learned key-value prefixes in attention, which every query
-sees, unrotated and unnormed, outside any window *(choice)*; a learned vector on the input of a mixer that has no keys
-*(choice: the paper has attention only)*. With x_1 .. x_P the streams after the final norm:
+them together. They differ by what each mixer adds per stream: learned key-value prefixes in attention, which every
+query sees, unrotated and unnormed, outside any window *(choice)*; a learned vector on the input of a mixer that has no
+keys *(choice: the paper has attention only)*. With x_1 .. x_P the streams after the final norm:
 
     w = softmax(W2 silu(W1 concat(x) + b1) + b2) in float32;   w = (1 - eps) w + eps / P;   x = sum_p w_p x_p
 
