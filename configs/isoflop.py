@@ -46,7 +46,7 @@ def sweep(arg: str = "") -> Iterator[dict[str, Any] | sweeps.Dropped]:
             place = rank / (args.sizes - 1) - 0.5 if args.sizes > 1 else 0.0
             for seed in range(args.seeds):
                 try:
-                    shape = recipe.transformer(centre * args.span**place)
+                    shape = recipe.sized("transformer", centre * args.span**place)
                 except BadInput as error:
                     yield sweeps.Dropped({"budget": budget}, f"budget = {budget:.3g}: too small; {error}")
                     continue

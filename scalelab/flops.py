@@ -18,7 +18,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from scalelab.models.block import Block
 from scalelab.models.lm import LanguageModel
+from scalelab.models.parscale import Aggregator
 from scalelab.models.registry import resolve
+from scalelab.models.spec import Flops
 from scalelab.parametrization import Tensor
 
 
@@ -58,21 +60,25 @@ def per_token(config: Any, seq_len: int) -> PerToken:
     """Of a model section, at a sequence length."""
     spec = resolve(config)
     blocks = [Block.flops(spec, block, seq_len) for block in spec.blocks]
+    mixture = Aggregator.flops(spec) if spec.streams > 1 else Flops(0, 0)
     head = 2 * spec.width * spec.vocab_size
-    body = sum(block.exact for block in blocks)
-    return PerToken(body + head, body, sum(block.matmul for block in blocks) + head)
+    body = spec.streams * sum(block.exact for block in blocks) + mixture.exact
+    matmul = spec.streams * sum(block.matmul for block in blocks) + mixture.matmul
+    return PerToken(body + head, body, matmul + head)
 
 
 def decode_per_token(config: Any, context: int) -> float:
     """Forward FLOPs of one decoded token that sees `context` tokens, itself included."""
     spec = resolve(config)
-    return sum(Block.decode_flops(spec, block, context) for block in spec.blocks) + 2 * spec.width * spec.vocab_size
+    mixture = Aggregator.flops(spec).exact if spec.streams > 1 else 0
+    body = spec.streams * sum(Block.decode_flops(spec, block, context) for block in spec.blocks)
+    return body + mixture + 2 * spec.width * spec.vocab_size
 
 
 def state_bytes(config: Any, length: int, dtype_bytes: int = 2) -> int:
     """Memory that decoding holds per sequence of `length` tokens: KV caches at `dtype_bytes`, float32 states."""
     spec = resolve(config)
-    return sum(Block.state_bytes(spec, block, length, dtype_bytes) for block in spec.blocks)
+    return spec.streams * sum(Block.state_bytes(spec, block, length, dtype_bytes) for block in spec.blocks)
 
 
 def counts(config: Any) -> Counts:
@@ -83,6 +89,8 @@ def counts(config: Any) -> Counts:
     of_role = {"embedding": 0, "unembedding": 0}
     for path, tensor in leaves:
         assert isinstance(tensor, Tensor)
+        if tensor.role == "buffer":
+            continue
         times = spec.copies(path[0].key)
         total += times * tensor.size
         active += times * tensor.active_size

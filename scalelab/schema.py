@@ -15,6 +15,44 @@ from scalelab.errors import BadInput
 Config: TypeAlias = Any
 
 
+# Sections of mixers that came after the first schema.
+LATER_SECTIONS: dict[str, dict[str, Any]] = {
+    "parscale": {
+        "streams": 1,  # P; 1: the plain model
+        "prefix": 48,  # learned keys and values of each stream in every attention layer
+        "smoothing": 0.01,  # eps: each stream weighs at least eps / P; the paper's runs had 0.1
+    },
+    "mlstm": {
+        "heads": 4,
+        "qk_factor": 0.5,  # width of all queries over the model's
+        "gate_cap": 15.0,  # of the gates' pre-activations; 0: none
+        "chunk": 64,  # Q
+    },
+    "mlstm_up": {
+        "heads": 4,
+        "expand": 2,  # inner width E over the width
+        "conv": 4,  # K
+        "chunk": 64,  # Q
+    },
+    "slstm": {"heads": 4, "conv": 4},
+    "mamba": {
+        "expand": 2,  # inner width E over the width
+        "state": 16,  # N
+        "conv": 4,  # K
+        "dt_rank": 0,  # R; 0: width / 16, rounded up
+        "chunk": 64,  # tokens between the states that the backward pass keeps
+    },
+    "mamba2": {
+        "expand": 2,  # inner width E over the width
+        "head_dim": 64,  # P; E / P heads
+        "state": 128,  # N
+        "groups": 1,  # G: heads that share B and C, E / P / G each
+        "conv": 4,  # K
+        "chunk": 64,  # Q
+    },
+}
+
+
 def base() -> Config:
     """Every field that a run has, with its default. Types are those of the defaults; all fields are required."""
     config = ConfigDict()
@@ -31,7 +69,7 @@ def base() -> Config:
             "prefix": (),
             "blocks": (("attention", "mlp"),),
             "suffix": (),
-            "norm": "rmsnorm",  # rmsnorm | layernorm
+            "norm": "rmsnorm",  # rmsnorm | layernorm | layernorm_gain (no bias)
             "norm_eps": 1e-6,
             "placement": "pre",  # pre | post | peri | out
             "embed_norm": False,
@@ -52,7 +90,8 @@ def base() -> Config:
                 "soft_cap": 0.0,  # 0: none
                 "bias": False,
             },
-            "mlp": {"kind": "swiglu", "hidden": 704, "bias": False},  # swiglu | gelu
+            "mlp": {"kind": "swiglu", "hidden": 704, "bias": False},  # swiglu | geglu | gelu
+            **{section: dict(fields) for section, fields in LATER_SECTIONS.items()},
         }
     )
     config.data = ConfigDict(
@@ -111,7 +150,9 @@ def base() -> Config:
 # tokenizer's name, which may be a path: the content hashes know the tokenizer.
 OUTSIDE_ID = ("checkpoint", "log", "mesh", "runs", "data.threads", "data.tokenizer")
 # Fields added after schema 1, with the default under which the older runs ran: left out of the id where equal.
-ADDED_LATER: dict[str, Any] = {}
+ADDED_LATER: dict[str, Any] = {
+    f"model.{section}.{name}": value for section, fields in LATER_SECTIONS.items() for name, value in fields.items()
+}
 
 # ------------------------------------------------------------------------------------------------ validation
 

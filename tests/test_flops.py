@@ -173,3 +173,74 @@ def test_jaxpr_count_of_known_programs():
     assert count(lambda p, x: jax.lax.cond(p, lambda x: x @ x, lambda x: x, x), True, square) == 2 * 4**3
     with pytest.raises(NotImplementedError, match="while"):
         count(lambda x: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ x, x), square)
+
+
+def xlstm(width, layers, heads, hidden):
+    return section(
+        vocab_size=50304, width=width, layers=layers, blocks=(("mlstm", "mlp"),), tied_embeddings=False,
+        logit_cap=30.0, mlp__hidden=hidden, mlstm__heads=heads, mlstm__chunk=64,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "seq_len", "total", "body", "forward"),
+    [
+        ((768, 12, 4, 2112), 2048, 164_073_312, 86_806_368, 255_306_240),
+        ((768, 12, 4, 2048), 2048, 162_303_840, 85_036_896, 251_767_296),
+        ((4096, 32, 8, 10944), 8192, 6_865_424_896, 6_453_334_528, 13_466_271_744),
+    ],
+)
+def test_xlstm(shape, seq_len, total, body, forward):
+    config = xlstm(*shape)
+    counts = flops.counts(config)
+    assert (counts.total, counts.non_embedding) == (total, body)
+    assert flops.per_token(config, seq_len).forward == forward
+
+
+@pytest.mark.parametrize(
+    ("streams", "published"), [(1, 535_813_376), (2, 538_195_842), (4, 540_577_412), (8, 545_340_552)]
+)
+def test_parscale(streams, published):
+    config = section(
+        vocab_size=1000, width=896, layers=36, attention__heads=16, attention__kv_heads=2, attention__head_dim=56,
+        mlp__hidden=4864, parscale__streams=streams,
+    )  # fmt: skip
+    biases = 36 * (16 + 2 * 2) * 56  # of q, k and v, which the official model has
+    assert flops.counts(config).non_embedding + biases == published
+
+
+def test_paper_xlstm_by_hand():
+    """Section 4.3 and 4.4 of the specification, norms included, F' given."""
+    D, K, H, F = 64, 4, 4, 128
+    E = 2 * D
+    config = section(
+        width=D,
+        layers=2,
+        blocks=(("mlstm_up", "none"), ("slstm", "mlp")),
+        norm="layernorm_gain",
+        mlp__kind="geglu",
+        mlp__hidden=F,
+    )
+    mlstm = 2 * D * E + E * (K + 1) + 12 * E + 2 * (3 * E * H + H) + 2 * E + E * D + D
+    slstm = 2 * D + D * (K + 1) + 8 * D * (D // H) + 4 * D + D + 3 * D * F
+    assert flops.counts(config).non_embedding == mlstm + slstm + D
+
+
+def test_mamba_130m():
+    config = section(vocab_size=50280, width=768, layers=24, blocks=(("mamba", "none"),), norm_eps=1e-5)
+    counts = flops.counts(config)
+    assert (counts.total, counts.non_embedding) == (129_135_360, 90_520_320)
+    for seq_len in (1, 100, 2048):
+        assert flops.per_token(config, seq_len).forward == 261_107_712
+    assert flops.decode_per_token(config, 7) == 261_107_712
+    assert flops.state_bytes(config, 2048) == flops.state_bytes(config, 1) == 24 * (1536 * 16 * 4 + 1536 * 3 * 2)
+
+
+def test_mamba2_130m():
+    config = section(
+        vocab_size=50288, width=768, layers=24, blocks=(("mamba2", "none"),), norm_eps=1e-5, mamba2__chunk=256
+    )
+    counts = flops.counts(config)
+    assert (counts.total, counts.non_embedding) == (128_989_632, 90_368_448)
+    assert flops.per_token(config, 2048).forward == 287_026_176
+    assert flops.state_bytes(config, 2048) == pytest.approx(19.1e6, rel=0.002)

@@ -356,7 +356,7 @@ def get_config(arg=""):
 
 def sweep(arg=""):
     for run in RUNS:
-        yield {{**recipe.transformer(run["params_non_embedding"]), "train.steps": steps_for(run["tokens"])}}
+        yield {{**recipe.sized("transformer", run["params_non_embedding"]), "train.steps": steps_for(run["tokens"])}}
 
 
 def steps_for(tokens):

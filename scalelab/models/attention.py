@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from scalelab.errors import BadInput
+from scalelab.models import parscale
 from scalelab.models.layers import linear, rms_norm, rope, soft_cap
 from scalelab.models.part import Mixer
 from scalelab.models.spec import Flops, Spec
@@ -48,7 +49,7 @@ class Attention(Mixer):
     # -------------------------------------------------------------------------------- pure functions of the config
 
     @staticmethod
-    def check(options: AttentionOptions, field: str) -> None:
+    def check(options: AttentionOptions, field: str, width: int) -> None:
         o = options
         for name in ("heads", "kv_heads", "head_dim"):
             at_least(f"{field}.{name}", getattr(o, name), 1)
@@ -74,28 +75,32 @@ class Attention(Mixer):
                 tensors[f"{name}_bias"] = Tensor(shape, "vector")
         if o.qk_norm:  # one gain over d, shared by the heads (Qwen3)
             tensors |= {f"{name}_norm": Tensor((d,), "vector", fill=1.0) for name in "qk"}
+        if spec.streams > 1:
+            shape = (spec.streams, spec.stream_prefix, Hk, d)
+            tensors |= {f"prefix_{name}": Tensor(shape, "vector", start=parscale.start) for name in "kv"}
         return tensors
 
     @staticmethod
     def flops(spec: Spec, options: AttentionOptions, seq_len: int) -> Flops:
         o, T = options, seq_len
         w = min(o.window or T, T)
-        keys = (w * (w + 1) / 2 + (T - w) * w) / T  # that the average query sees
+        prefix = spec.stream_prefix if spec.streams > 1 else 0
+        keys = (w * (w + 1) / 2 + (T - w) * w) / T + prefix  # that the average query sees
         projections = 4 * spec.width * o.head_dim * (o.heads + o.kv_heads)
         return Flops(
             projections + 4 * o.heads * o.head_dim * keys,
-            projections + 4 * o.heads * o.head_dim * T,
+            projections + 4 * o.heads * o.head_dim * (T + prefix),
         )
 
     @staticmethod
     def decode_flops(spec: Spec, options: AttentionOptions, context: int) -> float:
         """Of one new token that sees `context` tokens, itself included."""
-        o, keys = options, min(options.window or context, context)
+        o, keys = options, min(options.window or context, context) + (spec.stream_prefix if spec.streams > 1 else 0)
         return 4 * spec.width * o.head_dim * (o.heads + o.kv_heads) + 4 * o.heads * o.head_dim * keys
 
     @staticmethod
     def state_bytes(spec: Spec, options: AttentionOptions, length: int, dtype_bytes: int) -> int:
-        """Keys and values of one sequence."""
+        """Keys and values of one stream of one sequence; prefixes are parameters, held once."""
         return 2 * options.kv_heads * options.head_dim * min(options.window or length, length) * dtype_bytes
 
     # -------------------------------------------------------------------------------- the module
@@ -124,6 +129,13 @@ class Attention(Mixer):
                 mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
         else:
             state, k, v, mask = self._with_cache(state, k, v, segment_ids)
+        if self.spec.streams > 1:
+            rows = x.shape[0]
+            k, v = (
+                jnp.concatenate([parscale.per_row(self.weight(f"prefix_{name}"), rows), a], axis=1)
+                for name, a in (("k", k), ("v", v))
+            )
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (self.spec.stream_prefix, 0)), constant_values=True)
         y = attend(q, k, v, mask, o.soft_cap)
         y = linear(y.reshape(*y.shape[:2], -1), self.weight("out").reshape(-1, x.shape[-1]))
         return (y + self.weight("out_bias") if o.bias else y), state, {}

@@ -7,12 +7,15 @@ peri  x + N_out(f(N_in(x)))  out   x + N_out(f(x))
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from scalelab.models.layers import Norm
+from scalelab.models.parscale import StreamVector
 from scalelab.models.registry import CHANNELS, MIXERS
 from scalelab.models.spec import BlockSpec, Flops, Spec
 from scalelab.parametrization import Source
@@ -20,10 +23,19 @@ from scalelab.parametrization import Source
 NORMS = {"pre": ("norm",), "post": ("norm",), "peri": ("norm", "norm_out"), "out": ("norm_out",)}
 
 
+def keyless_streams(spec: Spec, block: BlockSpec) -> bool:
+    """Whether the streams of ParScale must be told apart at the mixer's input, since it has no keys for a prefix."""
+    return spec.streams > 1 and block.mixer != "attention"
+
+
 class Block(nnx.Module):
     def __init__(self, spec: Spec, block: BlockSpec, draw: Source, lead: tuple[int, ...] = ()):
         self.spec, self.block = spec, block
+        copies = lead[0] if lead else 1
+        draw = partial(draw, layer=block.layer + block.stride * np.arange(copies))
         self.mixer = MIXERS[block.mixer](spec, block.mixer_options, draw, lead)
+        if keyless_streams(spec, block):
+            self.stream = StreamVector(spec, None, draw, lead)
         self.mixer_norms = nnx.Dict({name: Norm(spec, None, draw, lead) for name in NORMS[spec.placement]})
         if block.channel != "none":
             self.channel = CHANNELS[block.channel](spec, block.channel_options, draw, lead)
@@ -34,6 +46,8 @@ class Block(nnx.Module):
         """The tree of its parameters, each as declared."""
         norms = {name: Norm.tensors(spec) for name in NORMS[spec.placement]}
         tree: dict[str, Any] = {"mixer": MIXERS[block.mixer].tensors(spec, block.mixer_options), "mixer_norms": norms}
+        if keyless_streams(spec, block):
+            tree["stream"] = StreamVector.tensors(spec)
         if block.channel != "none":
             tree |= {"channel": CHANNELS[block.channel].tensors(spec, block.channel_options), "channel_norms": norms}
         return tree
@@ -65,7 +79,9 @@ class Block(nnx.Module):
         state: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any, dict[str, Any]]:
         """x -> (y, the mixer's state after x, {"mixer": aux, "channel": aux} where they have any)."""
-        x, state, aux = self._branch(x, lambda x: self.mixer(x, segment_ids, positions, state), self.mixer_norms)
+        x, state, aux = self._branch(
+            x, lambda x: self.mixer(self._streams(x), segment_ids, positions, state), self.mixer_norms
+        )
         x, channel_aux = self._channel(x)
         return x, state, {name: a for name, a in (("mixer", aux), ("channel", channel_aux)) if a}
 
@@ -73,8 +89,11 @@ class Block(nnx.Module):
         return self.mixer.init_state(batch, max_len)
 
     def step(self, x_t: Float[Array, "B D"], state: Any) -> tuple[Float[Array, "B D"], Any]:
-        x_t, state = self._branch(x_t, lambda x: self.mixer.step(x, state), self.mixer_norms)
+        x_t, state = self._branch(x_t, lambda x: self.mixer.step(self._streams(x), state), self.mixer_norms)
         return self._channel(x_t)[0], state
+
+    def _streams(self, x: Array) -> Array:
+        return self.stream(x) if keyless_streams(self.spec, self.block) else x
 
     def _channel(self, x: Array) -> tuple[Array, Any]:
         if self.block.channel == "none":

@@ -54,7 +54,7 @@ def layer_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], bias: Float[A
 
 
 class Norm(Part):
-    """RMSNorm, or LayerNorm with gain and bias, over the width."""
+    """RMSNorm, or LayerNorm with gain and bias or with a gain alone, over the width."""
 
     scale: nnx.Param
     bias: nnx.Param
@@ -62,12 +62,13 @@ class Norm(Part):
     @staticmethod
     def tensors(spec: Spec, options: None = None) -> dict[str, Tensor]:
         gain = {"scale": Tensor((spec.width,), "vector", fill=1.0)}
-        return gain if spec.norm == "rmsnorm" else gain | {"bias": Tensor((spec.width,), "vector")}
+        return gain | {"bias": Tensor((spec.width,), "vector")} if spec.norm == "layernorm" else gain
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         if self.spec.norm == "rmsnorm":
             return rms_norm(x, self.scale[...], self.spec.norm_eps)
-        return layer_norm(x, self.scale[...], self.bias[...], self.spec.norm_eps)
+        bias = self.bias[...] if self.spec.norm == "layernorm" else jnp.zeros_like(self.scale[...])
+        return layer_norm(x, self.scale[...], bias, self.spec.norm_eps)
 
 
 def rope(x: Float[Array, "B T H d"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T H d"]:

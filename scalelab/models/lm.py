@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.cross_entropy import cross_entropy
 from scalelab.models.block import Block
 from scalelab.models.layers import Norm, soft_cap
+from scalelab.models.parscale import Aggregator, spread
 from scalelab.models.registry import resolve
 from scalelab.models.spec import BlockSpec, Spec
 from scalelab.parametrization import Source, Tensor
@@ -39,6 +40,8 @@ class LanguageModel(nnx.Module):
         self.suffix = _blocks(spec, spec.suffix, draw)
         if spec.placement != "post":
             self.final_norm = Norm(spec, None, draw)
+        if spec.streams > 1:
+            self.aggregator = Aggregator(spec, None, draw)
 
     @staticmethod
     def tensors(spec: Spec) -> dict[str, Any]:
@@ -51,6 +54,8 @@ class LanguageModel(nnx.Module):
                 tree[name] = {str(i): Block.tensors(spec, block) for i, block in enumerate(blocks)}
         if spec.placement != "post":
             tree["final_norm"] = Norm.tensors(spec)
+        if spec.streams > 1:
+            tree["aggregator"] = Aggregator.tensors(spec)
         return tree
 
     # -------------------------------------------------------------------------------- whole sequences
@@ -75,6 +80,7 @@ class LanguageModel(nnx.Module):
         loss; "prefix" | "period" | "suffix": {block: {"mixer" | "channel": its values}}, where there are any}."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
+        positions, segment_ids = self._rows(positions), spread(segment_ids, self.spec.streams)
         x, _, aux = self._stack(
             self._embed(tokens), None, lambda block, x, state: block(x, segment_ids, positions, state)
         )
@@ -108,7 +114,7 @@ class LanguageModel(nnx.Module):
         """What decoding carries: {"length": tokens seen, "prefix" | "period" | "suffix": {block: its state}}."""
 
         def states(blocks: Any, lead: tuple[int, ...]) -> dict[str, Any]:
-            one = {name: block.init_state(batch, max_len) for name, block in blocks.items()}
+            one = {name: block.init_state(batch * self.spec.streams, max_len) for name, block in blocks.items()}
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (*lead, *a.shape)), one)
 
         return {
@@ -128,6 +134,7 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], dict[str, Any]]:
         """Many more tokens at once, such as a prompt -> (their logits, state)."""
         positions = state["length"] + jnp.arange(tokens.shape[1])[None]
+        segment_ids = spread(segment_ids, self.spec.streams)
         x, after, _ = self._stack(
             self._embed(tokens), state, lambda block, x, state: block(x, segment_ids, positions, state)
         )
@@ -137,10 +144,17 @@ class LanguageModel(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         x = self.embed[...][tokens].astype(self.spec.dtype)
-        return self.embed_norm(x) if self.spec.embed_norm else x
+        x = self.embed_norm(x) if self.spec.embed_norm else x
+        return x if self.spec.streams == 1 else jnp.repeat(x, self.spec.streams, axis=0)
+
+    def _rows(self, positions: Int[Array, "#B T"]) -> Int[Array, "#B T"]:
+        """Positions of every stream; one row stands for all."""
+        return positions if positions.shape[0] == 1 else jnp.repeat(positions, self.spec.streams, axis=0)
 
     def _final(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        return x if self.spec.placement == "post" else self.final_norm(x)
+        """Normed, and the streams of ParScale mixed into one."""
+        x = x if self.spec.placement == "post" else self.final_norm(x)
+        return x if self.spec.streams == 1 else self.aggregator(x)
 
     def _head(self) -> Float[Array, "D V"]:
         return self.embed[...].T if self.spec.tied_embeddings else self.unembed[...]
@@ -205,7 +219,7 @@ def build(config: Any, rngs: nnx.Rngs) -> LanguageModel:
     """The model of a config (its `model` section, vocabulary known), parameters drawn. Raises `BadInput`."""
     spec = resolve(config)
     tensors = jax.tree_util.tree_leaves_with_path(LanguageModel.tensors(spec))
-    matrices = [t.size * spec.copies(path[0].key) for path, t in tensors if t.role != "vector"]
+    matrices = [t.size * spec.copies(path[0].key) for path, t in tensors if t.random]
     return LanguageModel(spec, spec.init.source(rngs.params(), sum(matrices)))
 
 

@@ -1,4 +1,5 @@
-"""The dense channel mixer: SwiGLU (Shazeer 2020), or the two-matrix MLP with tanh-approximated GELU (GPT-2)."""
+"""The dense channel mixer: SwiGLU or GEGLU with exact GELU (Shazeer 2020), or the two-matrix MLP with tanh-approximated
+GELU (GPT-2)."""
 
 from __future__ import annotations
 
@@ -32,14 +33,14 @@ class MLP(ChannelMixer):
     down: nnx.Param
 
     @staticmethod
-    def check(options: MLPOptions, field: str) -> None:
-        choice(f"{field}.kind", options.kind, ("swiglu", "gelu"))
+    def check(options: MLPOptions, field: str, width: int) -> None:
+        choice(f"{field}.kind", options.kind, ("swiglu", "gelu", "geglu"))
         at_least(f"{field}.hidden", options.hidden, 1)
 
     @staticmethod
     def tensors(spec: Spec, options: MLPOptions) -> dict[str, Tensor]:
         D, F = spec.width, options.hidden
-        inward = ("gate", "up") if options.kind == "swiglu" else ("up",)
+        inward = ("up",) if options.kind == "gelu" else ("gate", "up")
         tensors = {name: Tensor((D, F), "hidden", fan_in=D) for name in inward}
         tensors["down"] = Tensor((F, D), "hidden", fan_in=F, residual=True)
         if options.bias:
@@ -48,13 +49,15 @@ class MLP(ChannelMixer):
 
     @staticmethod
     def flops(spec: Spec, options: MLPOptions) -> Flops:
-        matmul = 2 * spec.width * options.hidden * (3 if options.kind == "swiglu" else 2)
+        matmul = 2 * spec.width * options.hidden * (2 if options.kind == "gelu" else 3)
         return Flops(matmul, matmul)
 
     def __call__(self, x: Float[Array, "*b D"]) -> tuple[Float[Array, "*b D"], dict[str, Any]]:
         """x -> (y, no auxiliary values)."""
         if self.options.kind == "swiglu":
             h = swiglu(self._linear(x, "gate"), self._linear(x, "up"))
+        elif self.options.kind == "geglu":
+            h = geglu(self._linear(x, "gate"), self._linear(x, "up"))
         else:
             h = gelu(self._linear(x, "up"))
         return self._linear(h, "down"), {}
@@ -67,6 +70,11 @@ class MLP(ChannelMixer):
 @pointwise
 def swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
+
+
+@pointwise
+def geglu(gate: Array, up: Array) -> Array:
+    return jax.nn.gelu(gate, approximate=False) * up
 
 
 @pointwise

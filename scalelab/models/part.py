@@ -36,6 +36,10 @@ class Part(nnx.Module):
         """A parameter in the compute dtype."""
         return getattr(self, name)[...].astype(self.spec.dtype)
 
+    def exact(self, name: str) -> Array:
+        """A parameter in float32."""
+        return getattr(self, name)[...]
+
 
 class Mixer(Part):
     """Mixes along the sequence, causally. The full pass, step by step, and any split with the state carried over give
@@ -44,7 +48,7 @@ class Mixer(Part):
     Options: ClassVar[type]  # frozen dataclass; its fields are those of the mixer's section in the config
 
     @staticmethod
-    def check(options: Any, field: str) -> None:
+    def check(options: Any, field: str, width: int) -> None:
         """Raises `BadInput` (names starting with `field`) for options that cannot be."""
         raise NotImplementedError
 
@@ -88,7 +92,7 @@ class ChannelMixer(Part):
     Options: ClassVar[type]
 
     @staticmethod
-    def check(options: Any, field: str) -> None:
+    def check(options: Any, field: str, width: int) -> None:
         """Raises `BadInput` (names starting with `field`) for options that cannot be."""
         raise NotImplementedError
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from scalelab.errors import BadInput
 from scalelab.models.attention import Attention
+from scalelab.models.mamba import Mamba, Mamba2
 from scalelab.models.mlp import MLP
 from scalelab.models.part import ChannelMixer, Mixer
+from scalelab.models.slstm import SLSTM
 from scalelab.models.spec import BlockSpec, Spec, options
+from scalelab.models.xlstm import MLSTM, MLSTMUp
 from scalelab.parametrization import INITS
-from scalelab.schema import at_least, choice
+from scalelab.schema import at_least, between, choice
 
 # A name is also that of the mixer's section in `config.model`.
-MIXERS: dict[str, type[Mixer]] = {"attention": Attention}
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention, "mamba": Mamba, "mamba2": Mamba2,
+    "mlstm": MLSTM, "mlstm_up": MLSTMUp, "slstm": SLSTM,
+}  # fmt: skip
 CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP}
 
 
@@ -40,7 +47,10 @@ def resolve(config: Any) -> Spec:
     for name in ("norm_eps", "init_std"):
         at_least(f"model.{name}", config[name], 0, above=True)
     at_least("model.logit_cap", config.logit_cap, 0)
-    choice("model.norm", config.norm, ("rmsnorm", "layernorm"))
+    at_least("model.parscale.streams", config.parscale.streams, 1)
+    at_least("model.parscale.prefix", config.parscale.prefix, 1)
+    between("model.parscale.smoothing", config.parscale.smoothing, 0, 1)
+    choice("model.norm", config.norm, ("rmsnorm", "layernorm", "layernorm_gain"))
     choice("model.placement", config.placement, ("pre", "post", "peri", "out"))
     choice("model.init", config.init, INITS)
     choice("model.compute_dtype", config.compute_dtype, ("bfloat16", "float32"))
@@ -56,6 +66,15 @@ def resolve(config: Any) -> Spec:
     if rest or repeats < 1:
         what = f"{outside} (prefix and suffix) plus a multiple of {len(period)} (blocks)"
         raise BadInput("config.model.layers", config.layers, f"must be {what}, such as {outside + len(period)}")
+    first, stride = len(prefix), len(period)
+    prefix, period, suffix = (
+        tuple(dataclasses.replace(block, layer=start + i, stride=step) for i, block in enumerate(blocks))
+        for blocks, start, step in (
+            (prefix, 0, 1),
+            (period, first, stride),
+            (suffix, first + stride * repeats, 1),
+        )
+    )
     return Spec(
         vocab_size=config.vocab_size,
         width=config.width,
@@ -74,6 +93,9 @@ def resolve(config: Any) -> Spec:
         compute_dtype=config.compute_dtype,
         remat=config.remat,
         loss_chunk=config.loss_chunk,
+        streams=config.parscale.streams,
+        stream_prefix=config.parscale.prefix,
+        stream_smoothing=config.parscale.smoothing,
     )
 
 
@@ -87,9 +109,9 @@ def _block(config: Any, entry: Any, field: str) -> BlockSpec:
     choice(f"{field}: mixer", mixer, MIXERS)
     choice(f"{field}: channel mixer", channel, (*CHANNELS, "none"))
     chosen = options(MIXERS[mixer].Options, config[mixer], changes, f"config.{field}")
-    MIXERS[mixer].check(chosen, f"{field}" if changes else f"model.{mixer}")
+    MIXERS[mixer].check(chosen, f"{field}" if changes else f"model.{mixer}", config.width)
     if channel == "none":
         return BlockSpec(mixer, chosen, channel, None)
     channel_options = options(CHANNELS[channel].Options, config[channel], {}, f"config.model.{channel}")
-    CHANNELS[channel].check(channel_options, f"model.{channel}")
+    CHANNELS[channel].check(channel_options, f"model.{channel}", config.width)
     return BlockSpec(mixer, chosen, channel, channel_options)

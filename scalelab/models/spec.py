@@ -18,6 +18,8 @@ class BlockSpec:
     mixer_options: Any
     channel: str  # or "none"
     channel_options: Any
+    layer: int = 0  # number of its first copy in the stack, from 0; the others follow `stride` apart
+    stride: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Spec:
     compute_dtype: str
     remat: str
     loss_chunk: int
+    streams: int
+    stream_prefix: int
+    stream_smoothing: float
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -57,7 +62,7 @@ class Spec:
     @property
     def init(self) -> Init:
         branches = sum(1 + (block.channel != "none") for block in self.blocks)
-        return Init(self.init_kind, self.init_std, self.width, branches)
+        return Init(self.init_kind, self.init_std, self.width, branches, len(self.blocks))
 
 
 class Flops(NamedTuple):

@@ -1,5 +1,10 @@
+import pathlib
+import sys
+
 import jax
 import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # family.py
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,33 @@
+"""xLSTM: the large models' block, mLSTM and SwiGLU (Beck et al. 2025).
+
+    scalelab train --config=xlstm:size=s,steps=200
+    scalelab train --config=configs/xlstm.py:params=1e6,data=my_corpus
+
+Arguments: size (xs | s | m | l: the recipe at widths 64 to 512 | 165m | 1.3b | 7b: the published shapes), or params
+(target without embeddings), steps, data, tokenizer, dtype as in `transformer`. The paper's blocks are `mlstm_up` and
+`slstm` in `model.blocks`.
+"""
+
+from typing import Any
+
+from scalelab import recipe
+from scalelab.schema import Config
+
+
+def _published(width: int, layers: int, heads: int, hidden: int, lr: float) -> dict[str, Any]:
+    return {
+        "model.width": width, "model.layers": layers, "model.blocks": (("mlstm", "mlp"),), "model.init": "small",
+        "model.tied_embeddings": False, "model.logit_cap": 30.0, "model.mlp.hidden": hidden,
+        "model.mlstm.heads": heads, "data.seq_len": 2048, "optim.lr": lr, "optim.clip": 0.5,
+    }  # fmt: skip
+
+
+PUBLISHED = {
+    "165m": _published(768, 12, 4, 2112, 1e-3),
+    "1.3b": _published(2048, 24, 4, 5504, 7e-4),
+    "7b": _published(4096, 32, 8, 10944, 5e-4),
+}
+
+
+def get_config(arg: str = "") -> Config:
+    return recipe.config("xlstm", arg, PUBLISHED)

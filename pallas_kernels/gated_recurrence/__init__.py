@@ -1,0 +1,43 @@
+"""The chunked gated linear recurrence with one decay per head: Mamba-2's SSD, simple GLA, Lightning attention."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.gated_recurrence import xla
+
+
+def gated_recurrence(
+    q: Float[Array, "B T G dk"],
+    k: Float[Array, "B T G dk"],
+    v: Float[Array, "B T H dv"],
+    log_decay: Float[Array, "B T H"],
+    state: Float[Array, "B H dk dv"] | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+    *,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t, per head; returns (o in v's dtype, S_T in float32).
+
+    g = `log_decay` <= 0, float32. Head h reads group floor(h G / H) of q and k; G divides H. `state` is S_0 (zero if
+    none). Where `reset` is true S_{t-1} counts as zero: the first token of a document.
+
+    Precision: g, its sums and exponentials, and the states are float32; products take their operands in v's dtype and
+    accumulate in float32. Only exponentials of non-positive numbers are formed.
+    FLOPs per token, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: G 2 dk c + H (2 dv c + 4 dk dv
+    + 2 dk dv / Q); the plain form runs the full square, Q in place of c, and pads T to whole chunks.
+    Memory between the passes: scores and decays of all chunks, T Q (G + H) numbers a row, and T / Q states.
+    Source: Dao & Gu 2024 (arXiv 2405.21060); Yang et al. 2023 (arXiv 2312.06635).
+    """
+    return xla.gated_recurrence(q, k, v, log_decay, state, reset, chunk)
+
+
+def step(
+    q: Float[Array, "B G dk"],
+    k: Float[Array, "B G dk"],
+    v: Float[Array, "B H dv"],
+    log_decay: Float[Array, "B H"],
+    state: Float[Array, "B H dk dv"],
+) -> tuple[Float[Array, "B H dv"], Float[Array, "B H dk dv"]]:
+    """One token: 4 dk dv FLOPs a head, and reading and writing the state."""
+    return xla.step(q, k, v, log_decay, state)

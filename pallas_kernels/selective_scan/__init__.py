@@ -1,0 +1,29 @@
+"""Mamba-1's selective scan: a linear recurrence with its own decay for every (channel, state) pair."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.selective_scan import xla
+
+
+def selective_scan(
+    u: Float[Array, "B T E"],
+    dt: Float[Array, "B T E"],
+    A: Float[Array, "E N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    state: Float[Array, "B E N"] | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+    *,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B E N"]]:
+    """h_t = exp(dt_t A) h_{t-1} + (dt_t u_t) B_t^T, y_t = h_t C_t, elementwise over (E, N); returns (y in u's dtype,
+    h_T in float32). dt >= 0 and A <= 0 in float32; `state` is h_0 (zero if none); where `reset` is true h_{t-1}
+    counts as zero.
+
+    All arithmetic is float32. FLOPs: 7 E N a token (dt A, exp, (dt u) B, multiply-add, multiply-add with C) plus E.
+    Memory between the passes: the states at the borders of chunks, T / Q of them; the backward pass runs each chunk
+    again. Source: Gu & Dao 2023 (arXiv 2312.00752).
+    """
+    return xla.selective_scan(u, dt, A, B, C, state, reset, chunk)

@@ -1,0 +1,50 @@
+"""Small models of every family: what `test_family.py` holds each of them to. A new mixer adds its own here."""
+
+from scalelab.config import base, override
+
+V = 23
+
+
+def section(**changes):
+    """A small model section in float32; dots in field names written as __."""
+    small = {
+        "vocab_size": V,
+        "width": 16,
+        "layers": 2,
+        "compute_dtype": "float32",
+        "init": "fan_in",
+        "attention__heads": 4,
+        "attention__kv_heads": 2,
+        "attention__head_dim": 4,
+        "mlp__hidden": 24,
+        "loss_chunk": 64,
+    }
+    small |= changes
+    return override(base(), {f"model.{name.replace('__', '.')}": value for name, value in small.items()}).model
+
+
+MAMBA2 = {"mamba2__head_dim": 4, "mamba2__state": 5, "mamba2__groups": 2, "mamba2__chunk": 4}
+SLSTM = ("slstm", "mlp")
+FAMILY = {
+    "parscale": section(
+        blocks=(("attention", "mlp", {"window": 3}), ("mamba2", "none")),
+        parscale__streams=3,
+        parscale__prefix=2,
+        **MAMBA2,
+    ),
+    "xlstm": section(blocks=(("mlstm", "mlp"),), mlstm__heads=2, mlstm__chunk=4, tied_embeddings=False, logit_cap=30.0),
+    "xlstm_paper": section(
+        blocks=(("mlstm_up", "none"), SLSTM),
+        layers=4,
+        norm="layernorm_gain",
+        mlp__kind="geglu",
+        mlstm_up__heads=2,
+        mlstm_up__chunk=4,
+        slstm__heads=2,
+    ),
+    "mamba": section(blocks=(("mamba", "none"),), mamba__state=3, mamba__chunk=4, mamba__dt_rank=2),
+    "mamba2": section(blocks=(("mamba2", "none"),), layers=3, **MAMBA2),
+    "hybrid": section(
+        blocks=(("mamba2", "none"), ("attention", "mlp", {"window": 4})), layers=4, placement="peri", **MAMBA2
+    ),
+}
