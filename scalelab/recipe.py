@@ -80,11 +80,60 @@ def xlstm(width: int) -> Shape:
     }
 
 
+def _with_mlp(family: str, width: int, hidden: float) -> Shape:
+    """Layers of a mixer and a SwiGLU of F = hidden * width, one per 64 of width (at least 2): with the mixer's own
+    parameters about 12 D^2, as the Transformer's."""
+    grain = 64 if width >= 256 else 16
+    return {
+        "family": family,
+        "model.width": width,
+        "model.layers": max(2, round(width / 64)),
+        "model.blocks": ((family, "mlp"),),
+        "model.init": "fan_in",
+        "model.mlp.hidden": math.ceil(hidden * width / grain) * grain,
+    }
+
+
+def _head_width(width: int) -> int:
+    return 64 if width % 64 == 0 and width >= 256 else next(d for d in (32, 16, 8) if width % d == 0)
+
+
+def gla(width: int) -> Shape:
+    """GLA: 4 heads at any width, as published."""
+    return _with_mlp("gla", width, 8 / 3) | {"model.gla.heads": 4}
+
+
+def deltanet(width: int) -> Shape:
+    return _with_mlp("deltanet", width, 8 / 3) | {"model.deltanet.heads": width // _head_width(width)}
+
+
+def gated_deltanet(width: int) -> Shape:
+    """Gated DeltaNet: keys of 3/4 D, values of 3/2 D; a mixer has 6 D^2 parameters."""
+    d = _head_width(width)
+    section = "model.gated_deltanet"
+    return _with_mlp("gated_deltanet", width, 2) | {
+        f"{section}.heads": width // d,
+        f"{section}.value_heads": width // d,
+        f"{section}.key_dim": 3 * d // 4,
+        f"{section}.value_dim": 3 * d // 2,
+    }
+
+
+def lightning(width: int) -> Shape:
+    """Lightning attention: a mixer has 5 D^2 parameters."""
+    d = _head_width(width)
+    return _with_mlp("lightning", width, 7 / 3) | {"model.lightning.heads": width // d, "model.lightning.head_dim": d}
+
+
 FAMILIES: dict[str, Callable[[int], Shape]] = {
     "transformer": transformer,
     "mamba": mamba,
     "mamba2": mamba2,
     "xlstm": xlstm,
+    "gla": gla,
+    "deltanet": deltanet,
+    "gated_deltanet": gated_deltanet,
+    "lightning": lightning,
 }
 
 

@@ -117,9 +117,7 @@ solve.defvjp(_solve_forward, _solve_backward)
 product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # errors of a row enter all rows below it
 
 
-def step(
-    q: Array, k: Array, v: Array, beta: Array, log_decay: Array | None, state: Array
-) -> tuple[Array, Array]:
+def step(q: Array, k: Array, v: Array, beta: Array, log_decay: Array | None, state: Array) -> tuple[Array, Array]:
     H = v.shape[1]
     q, k = (jnp.repeat(a.astype(F32), H // a.shape[1], axis=1) for a in (q, k))
     if log_decay is not None:
