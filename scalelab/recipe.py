@@ -125,7 +125,28 @@ def lightning(width: int) -> Shape:
     return _with_mlp("lightning", width, 7 / 3) | {"model.lightning.heads": width // d, "model.lightning.head_dim": d}
 
 
-FAMILIES: dict[str, Callable[[int], Shape]] = {
+def hybrid(width: int, mixer: str = "gated_deltanet", every: int = 4, window: int = 0, rope: bool = True) -> Shape:
+    """The layers of a family, and attention with an MLP at every m-th one (layer m, 2m, ... counted from 1).
+
+    `window` is that of the attention; of a Transformer, whose every m-th layer sees everything, that of the others.
+    """
+    base = {**transformer(width), **FAMILIES[mixer](width)}
+    own, attention = base.get("model.blocks", (("attention", "mlp"),))[0], ("attention", "mlp")
+    if mixer == "transformer":
+        own = (*own, {"window": window})
+    elif window:
+        attention = (*attention, {"window": window})
+    layers = max(every, base["model.layers"])
+    return base | {
+        "family": "hybrid",
+        "model.layers": layers,
+        "model.blocks": (own,) * (every - 1) + (attention,),
+        "model.suffix": (own,) * (layers % every),
+        "model.attention.rope_theta": 10000.0 if rope else 0.0,
+    }
+
+
+FAMILIES: dict[str, Callable[..., Shape]] = {
     "transformer": transformer,
     "mamba": mamba,
     "mamba2": mamba2,
@@ -134,38 +155,40 @@ FAMILIES: dict[str, Callable[[int], Shape]] = {
     "deltanet": deltanet,
     "gated_deltanet": gated_deltanet,
     "lightning": lightning,
+    "hybrid": hybrid,
 }
 
 
-def shape(family: str, width: int) -> Shape:
-    """The family's shape at a width, with a learning rate. Raises `BadInput` for an unknown family."""
+def shape(family: str, width: int, **options: Any) -> Shape:
+    """The family's shape at a width, with a learning rate; `options` are the family's own. Raises `BadInput` for an
+    unknown family."""
     if family not in FAMILIES:
         raise BadInput("family", family, f"must be one of {', '.join(FAMILIES)}")
-    return {**FAMILIES[family](width), "optim.lr": learning_rate(width)}
+    return {**FAMILIES[family](width, **options), "optim.lr": learning_rate(width)}
 
 
 @functools.cache
-def params(family: str, width: int) -> int:
+def params(family: str, width: int, **options: Any) -> int:
     """Active parameters without embeddings of the family's shape at a width."""
-    model = override(base(), {**shape(family, width), "model.vocab_size": 256}).model
+    model = override(base(), {**shape(family, width, **options), "model.vocab_size": 256}).model
     counts = flops.counts(model)
     return counts.active - counts.embedding - counts.unembedding
 
 
-def sized(family: str, target: float) -> Shape:
+def sized(family: str, target: float, **options: Any) -> Shape:
     """The family's shape whose active parameters without embeddings come nearest to `target` (in ratio).
 
     Widths are multiples of 8 up to 64, of 16 up to 256, of 64 above. Raises `BadInput` below the smallest shape.
     """
-    smallest = params(family, WIDTHS[0])
+    smallest = params(family, WIDTHS[0], **options)
     if target < smallest / 2:
         raise BadInput("params", target, f"the smallest {family} of the recipe has {smallest} parameters")
     low, high = 0, len(WIDTHS) - 1  # counts grow with the width
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if params(family, WIDTHS[middle]) <= target else (low, middle)
-    width = min(WIDTHS[low], WIDTHS[high], key=lambda w: abs(math.log(params(family, w) / target)))
-    return shape(family, width)
+        low, high = (middle, high) if params(family, WIDTHS[middle], **options) <= target else (low, middle)
+    width = min(WIDTHS[low], WIDTHS[high], key=lambda w: abs(math.log(params(family, w, **options) / target)))
+    return shape(family, width, **options)
 
 
 def learning_rate(width: int) -> float:
@@ -186,22 +209,25 @@ SIZES = {"xs": 64, "s": 128, "m": 256, "l": 512}  # widths
 ARGUMENTS = {"size": "s", "params": 0.0, "steps": 1000, "data": "", "tokenizer": "bytes", "dtype": "bfloat16"}
 
 
-def config(family: str, arg: str, published: Mapping[str, Shape], **others: Any) -> Config:
+def config(
+    family: str, arg: str, published: Mapping[str, Shape], *, options: Mapping[str, Any] | None = None, **others: Any
+) -> Config:
     """What the `get_config(arg)` of a family's file gives: a size of the recipe, or one of the `published` shapes.
 
     Arguments: size, or params (target without embeddings, active ones), steps, data (a text file or folder, a folder of
     token shards, or synthetic[:spec]; default: the source of Python's standard library), tokenizer (for text), dtype;
-    `others` are those that the file itself has read.
+    `others` are those that the file itself has read, and `options` go to the family's recipe.
     """
+    options = options or {}
     args = parse_arg(arg, **ARGUMENTS, **others)
     if args.size not in (*SIZES, *published):
         raise BadInput("config argument size", args.size, f"must be one of {', '.join((*SIZES, *published))}")
     if args.params:
-        changes = sized(family, args.params)
+        changes = sized(family, args.params, **options)
     elif args.size in published:
         changes = {"family": family, **published[args.size]}
     else:
-        changes = shape(family, SIZES[args.size])
+        changes = shape(family, SIZES[args.size], **options)
     changes |= {"train.steps": args.steps, "model.compute_dtype": args.dtype, "data.tokenizer": args.tokenizer}
     conf = override(base(), changes)
     if args.data:

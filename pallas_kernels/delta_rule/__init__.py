@@ -28,8 +28,8 @@ def delta_rule(
     Precision: beta, g, its sums and exponentials, the triangular system and the states are float32; products take
     their operands in v's dtype and accumulate in float32. Only exponentials of non-positive numbers are formed.
     FLOPs per token and head, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: 2 c (3 dk + 2 dv) + 6
-    dk dv + Q^2 / 3. The plain form runs everything in the full square, G 4 dk Q + H (2 Q (dk + 2 dv) + 6 dk dv + 2 Q (Q -
-    1)), and pads T to whole chunks.
+    dk dv + Q^2 / 3. The plain form runs everything in the full square, per token G 4 dk Q + H (2 Q (dk + 2 dv) + 6 dk
+    dv + 2 Q (Q - 1)), and pads T to whole chunks.
     Memory between the passes: T Q (2 G + 4 H) numbers a row, 3 copies of k and v, and T / Q states.
     Source: Yang et al. 2024 (arXiv 2406.06484; gated: 2412.06464).
     """

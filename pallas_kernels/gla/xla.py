@@ -1,7 +1,7 @@
 """The chunked form in plain JAX.
 
-A score is sum_i q_ti k_si exp(b_ti - b_si), b the cumulative sum of g in the chunk. Its exponential cannot leave the sum
-over the channels i, and exp(b_t) exp(-b_s) overflows. But any point p between s and t splits it into exp(b_t - b_p)
+A score is sum_i q_ti k_si exp(b_ti - b_si), b the cumulative sum of g in the chunk. Its exponential cannot leave the
+sum over the channels i, and exp(b_t) exp(-b_s) overflows. But any point p from s to t splits it into exp(b_t - b_p)
 exp(b_p - b_s), both at most 1. Cut the chunk into pairs of neighbouring blocks of h tokens, for h = 1, 2, 4 ... Q / 2:
 every t > s lies for exactly one h in the two blocks of one pair, and the end of the first block is their p. So the
 scores are log2(Q) matrix products, each masked to its pairs, and the diagonal.

@@ -1,16 +1,16 @@
-"""DeltaNet (Yang et al. 2024, arXiv 2406.06484) and Gated DeltaNet (arXiv 2412.06464): recurrences that correct what the
-state answers to a key instead of adding to it.
+"""DeltaNet (Yang et al. 2024, arXiv 2406.06484) and Gated DeltaNet (2412.06464): recurrences that correct what the state
+answers to a key, instead of adding to it.
 
     q, k, v = silu(conv(x W));  q, k = l2(q) / sqrt(dk), l2(k);  beta = sigma(x Wb), one per head
     R_t = e^{g_t} S_{t-1};  S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T;  o_t = S_t^T q_t
 
-deltanet        g = 0;                                        out = norm_head(o) Wo
-gated_deltanet  g = -exp(A_log) softplus(x Wa + dt_bias);     out = (norm_head(o) * silu(x Wg)) Wo
+deltanet        g = 0;                                     out = norm_head(o) Wo
+gated_deltanet  g = -exp(A_log) softplus(x Wa + dt_bias);  out = (norm_head(o) * silu(x Wg)) Wo
 
-`negative`: beta = 2 sigma(x Wb), so that the eigenvalue 1 - beta of the transition lies in (-1, 1), which state tracking
-(parity) needs (Grazzini et al. 2024, arXiv 2411.12537). l2(x) = x / sqrt(sum x^2 + 1e-6) per head in float32; beta and g
-in float32. norm_head is RMSNorm inside each head with one gain of dv for all; norm first, then gate (the reverse of
-Mamba-2). The convolution has no bias. Each key head serves value_heads / heads consecutive value heads. A_log = log
+`negative`: beta = 2 sigma(x Wb), so that the eigenvalue 1 - beta of the transition lies in (-1, 1), which tracking a
+state such as parity needs (Grazzi et al. 2024, arXiv 2411.12537). l2(x) = x / sqrt(sum x^2 + 1e-6) per head; it, beta
+and g are float32. norm_head is RMSNorm inside each head with one gain of dv for all; norm first, then gate (the reverse
+of Mamba-2). The convolution has no bias. Each key head serves value_heads / heads consecutive value heads. A_log = log
 U(0, 16), with 1e-3 for 0 *(choice)*, dt_bias as Mamba-2's; matrices start as `model.init` says.
 """
 

@@ -2,16 +2,16 @@
 
 gla        q, k = x Wq, x Wk (D -> D / 2);  v = x Wv;  g = logsig(x Wg1 Wg2 + bg) / 16, one per key channel
            S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t / sqrt(dk)
-           out = (norm_head(o) * silu(x Wgate)) Wo                                   (Yang et al. 2023, arXiv 2312.06635)
+           out = (norm_head(o) * silu(x Wgate)) Wo     (Yang et al. 2023, arXiv 2312.06635)
 lightning  q, k, v = silu(x W);  S_t = e^{-s_h} S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t
-           out = (norm(o) * sigma(x Wgate)) Wo     (Qin et al. 2024, arXiv 2401.04658; MiniMax 2025, arXiv 2501.08313)
+           out = (norm(o) * sigma(x Wgate)) Wo      (Qin et al. 2024, arXiv 2401.04658; MiniMax 2025, 2501.08313)
 
 GLA: RMSNorm inside each head with one gain of dv for all; optional short convolution with silu on q, k and v (0: none,
-as published). Lightning: s_h = 2^{-8h/H} (1 - l / (L - 1) + 1e-5) for head h = 1 .. H of layer l = 0 .. L - 1 of the whole
-stack (of a single layer: l / (L - 1) = 0), H no power of two: ALiBi's interpolation; full-width RMSNorm with a gain and a
-gate D -> D, as in MiniMax. (The TransNormer paper's norm has no gain; its example module takes LayerNorm and a low-rank
-gate; flash-linear-attention has other slopes.) Matrices start as `model.init` says; bg = 0, so that decays start near
-e^{-0.043} *(choice)*.
+as published). bg = 0, so that decays start near e^{-0.043} *(choice)*; other matrices start as `model.init` says.
+Lightning: s_h = 2^{-8h/H} (1 - l / (L - 1) + 1e-5) for head h = 1 .. H of layer l = 0 .. L - 1 of the whole stack (l /
+(L - 1) counts as 0 for L = 1), by ALiBi's interpolation where H is no power of two. Full-width RMSNorm with a gain and
+a gate D -> H d, as in MiniMax. (The TransNormer paper's norm has no gain; its example module takes LayerNorm and a
+low-rank gate; flash-linear-attention has other slopes.)
 """
 
 from __future__ import annotations
