@@ -4,8 +4,8 @@
     scalelab train --config=hybrid:mixer=transformer,window=64,every=6,size=s
 
 Arguments: mixer (a family of the recipe; transformer: sliding windows, every m-th layer without), every (m; Qwen3-Next
-has 4, Jamba and MiniMax 8), window (of the attention layers, 0: none; of a transformer, of the other layers), rope (False:
-attention without positions), size (xs | s | m | l: the recipe at widths 64 to 512), or params (target without
+has 4, Jamba and MiniMax 8), window (of the attention layers, 0: none; of a transformer, of the other layers), rope
+(False: attention without positions), size (xs | s | m | l: the recipe at widths 64 to 512), or params (target without
 embeddings), steps, data, tokenizer, dtype as in `transformer`.
 """
 

@@ -234,7 +234,7 @@ def test_mamba2_130m():
     assert flops.state_bytes(config, 2048) == pytest.approx(19.1e6, rel=0.002)
 
 
-def linear_body(kind, mixer, width, layers, hidden):
+def linear_body(mixer, width, layers, hidden):
     """Non-embedding parameters of layers of a mixer with so many parameters, a SwiGLU MLP and two norms."""
     return layers * (mixer + 3 * width * hidden + 2 * width) + width
 
@@ -247,7 +247,7 @@ def test_gla_by_hand():
     )
     dk, dv = 256, 512
     mixer = 2 * D * D // 2 + 3 * D * D + 16 * D + 16 * D // 2 + D // 2 + dv
-    assert flops.counts(config).non_embedding == linear_body("gla", mixer, D, L, F) == 1_234_710_528
+    assert flops.counts(config).non_embedding == linear_body(mixer, D, L, F)
     matrices = 2 * (4 * D * D + 16 * D + 16 * D // 2 + 3 * D * F)
     recurrence = H * (2 * (dk + dv) * 32.5 + 4 * dk * dv)
     assert flops.per_token(config, T).forward == L * (matrices + recurrence) + 2 * D * V
@@ -264,7 +264,7 @@ def test_deltanet_by_hand():
     )  # fmt: skip
     d = D // H
     mixer = 4 * D * D + D * H + 3 * K * D + d
-    assert flops.counts(config).non_embedding == linear_body("deltanet", mixer, D, L, F)
+    assert flops.counts(config).non_embedding == linear_body(mixer, D, L, F)
     matrices = 2 * (4 * D * D + D * H + 3 * K * D + 3 * D * F)
     rule = H * (65 * 5 * d + 6 * d * d + 64 * 64 / 3)
     assert flops.per_token(config, T).forward == pytest.approx(L * (matrices + rule) + 2 * D * V, rel=1e-12)

@@ -1,13 +1,13 @@
 """The chunked form in plain JAX (the WY representation of a product of Householder-like matrices).
 
 Token t writes Vn_t = beta_t (v_t - R_t^T k_t), and R_t holds what the tokens before it wrote: inside a chunk that is a
-triangular system, (I + A) Vn = beta (v - e^b k^T S) with A_ts = beta_t e^{b_t - b_s} k_t . k_s for s < t, b the cumulative
-sum of g. It is solved for U (of beta v) and W (of beta e^b k) in all chunks side by side; then a scan over chunks passes
-the state S on, Vn = U - W S.
+triangular system, (I + A) Vn = beta (v - e^b k^T S) with A_ts = beta_t e^{b_t - b_s} k_t . k_s for s < t, b the sum of
+g so far. It is solved for U (of beta v) and W (of beta e^b k) in all chunks side by side; then a scan over chunks
+passes the state S on, Vn = U - W S.
 
-The solution is by forward substitution, which is exact where (I - A)(I + A^2)(I + A^4) ... is not: powers of A grow like
-binomial coefficients where keys repeat. (LAPACK's triangular solver, one chunk after the other on one core, took ten
-times as long and more.)
+The solution is by forward substitution, which is exact where (I - A)(I + A^2)(I + A^4) ... is not: powers of A grow
+like binomial coefficients where keys repeat. (LAPACK's triangular solver, one chunk after the other on one core, took
+ten times as long and more.)
 """
 
 from __future__ import annotations

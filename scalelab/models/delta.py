@@ -1,5 +1,5 @@
-"""DeltaNet (Yang et al. 2024, arXiv 2406.06484) and Gated DeltaNet (2412.06464): recurrences that correct what the state
-answers to a key, instead of adding to it.
+"""DeltaNet (Yang et al. 2024, arXiv 2406.06484) and Gated DeltaNet (2412.06464): recurrences that correct what the
+state answers to a key, instead of adding to it.
 
     q, k, v = silu(conv(x W));  q, k = l2(q) / sqrt(dk), l2(k);  beta = sigma(x Wb), one per head
     R_t = e^{g_t} S_{t-1};  S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T;  o_t = S_t^T q_t
