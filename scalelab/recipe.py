@@ -80,35 +80,107 @@ def xlstm(width: int) -> Shape:
     }
 
 
-FAMILIES: dict[str, Callable[[int], Shape]] = {
+def _with_mlp(family: str, width: int, hidden: float) -> Shape:
+    """Layers of a mixer and a SwiGLU of F = hidden * width, one per 64 of width (at least 2): with the mixer's own
+    parameters about 12 D^2, as the Transformer's."""
+    grain = 64 if width >= 256 else 16
+    return {
+        "family": family,
+        "model.width": width,
+        "model.layers": max(2, round(width / 64)),
+        "model.blocks": ((family, "mlp"),),
+        "model.init": "fan_in",
+        "model.mlp.hidden": math.ceil(hidden * width / grain) * grain,
+    }
+
+
+def _head_width(width: int) -> int:
+    return 64 if width % 64 == 0 and width >= 256 else next(d for d in (32, 16, 8) if width % d == 0)
+
+
+def gla(width: int) -> Shape:
+    """GLA: 4 heads at any width, as published."""
+    return _with_mlp("gla", width, 8 / 3) | {"model.gla.heads": 4}
+
+
+def deltanet(width: int) -> Shape:
+    return _with_mlp("deltanet", width, 8 / 3) | {"model.deltanet.heads": width // _head_width(width)}
+
+
+def gated_deltanet(width: int) -> Shape:
+    """Gated DeltaNet: keys of 3/4 D, values of 3/2 D; a mixer has 6 D^2 parameters."""
+    d = _head_width(width)
+    section = "model.gated_deltanet"
+    return _with_mlp("gated_deltanet", width, 2) | {
+        f"{section}.heads": width // d,
+        f"{section}.value_heads": width // d,
+        f"{section}.key_dim": 3 * d // 4,
+        f"{section}.value_dim": 3 * d // 2,
+    }
+
+
+def lightning(width: int) -> Shape:
+    """Lightning attention: a mixer has 5 D^2 parameters."""
+    d = _head_width(width)
+    return _with_mlp("lightning", width, 7 / 3) | {"model.lightning.heads": width // d, "model.lightning.head_dim": d}
+
+
+def hybrid(width: int, mixer: str = "gated_deltanet", every: int = 4, window: int = 0, rope: bool = True) -> Shape:
+    """The layers of a family, and attention with an MLP at every m-th one (layer m, 2m, ... counted from 1).
+
+    `window` is that of the attention; of a Transformer, whose every m-th layer sees everything, that of the others.
+    """
+    base = {**transformer(width), **FAMILIES[mixer](width)}
+    own, attention = base.get("model.blocks", (("attention", "mlp"),))[0], ("attention", "mlp")
+    if mixer == "transformer":
+        own = (*own, {"window": window})
+    elif window:
+        attention = (*attention, {"window": window})
+    layers = max(every, base["model.layers"])
+    return base | {
+        "family": "hybrid",
+        "model.layers": layers,
+        "model.blocks": (own,) * (every - 1) + (attention,),
+        "model.suffix": (own,) * (layers % every),
+        "model.attention.rope_theta": 10000.0 if rope else 0.0,
+    }
+
+
+FAMILIES: dict[str, Callable[..., Shape]] = {
     "transformer": transformer,
     "mamba": mamba,
     "mamba2": mamba2,
     "xlstm": xlstm,
+    "gla": gla,
+    "deltanet": deltanet,
+    "gated_deltanet": gated_deltanet,
+    "lightning": lightning,
+    "hybrid": hybrid,
 }
 
 
-def shape(family: str, width: int) -> Shape:
-    """The family's shape at a width, with a learning rate. Raises `BadInput` for an unknown family."""
+def shape(family: str, width: int, **options: Any) -> Shape:
+    """The family's shape at a width, with a learning rate; `options` are the family's own. Raises `BadInput` for an
+    unknown family."""
     if family not in FAMILIES:
         raise BadInput("family", family, f"must be one of {', '.join(FAMILIES)}")
-    return {**FAMILIES[family](width), "optim.lr": learning_rate(width)}
+    return {**FAMILIES[family](width, **options), "optim.lr": learning_rate(width)}
 
 
 @functools.cache
-def params(family: str, width: int) -> int:
+def params(family: str, width: int, **options: Any) -> int:
     """Active parameters without embeddings of the family's shape at a width."""
-    model = override(base(), {**shape(family, width), "model.vocab_size": 256}).model
+    model = override(base(), {**shape(family, width, **options), "model.vocab_size": 256}).model
     counts = flops.counts(model)
     return counts.active - counts.embedding - counts.unembedding
 
 
-def sized(family: str, target: float) -> Shape:
+def sized(family: str, target: float, **options: Any) -> Shape:
     """The family's shape whose active parameters without embeddings come nearest to `target` (in ratio).
 
     Widths are multiples of 8 up to 64, of 16 up to 256, of 64 above. Raises `BadInput` beyond them.
     """
-    smallest, largest = params(family, WIDTHS[0]), params(family, WIDTHS[-1])
+    smallest, largest = (params(family, width, **options) for width in (WIDTHS[0], WIDTHS[-1]))
     if target < smallest / 2:
         raise BadInput("params", target, f"the smallest {family} of the recipe has {smallest} parameters")
     if target > largest * 2:
@@ -116,9 +188,9 @@ def sized(family: str, target: float) -> Shape:
     low, high = 0, len(WIDTHS) - 1  # counts grow with the width
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if params(family, WIDTHS[middle]) <= target else (low, middle)
-    width = min(WIDTHS[low], WIDTHS[high], key=lambda w: abs(math.log(params(family, w) / target)))
-    return shape(family, width)
+        low, high = (middle, high) if params(family, WIDTHS[middle], **options) <= target else (low, middle)
+    width = min(WIDTHS[low], WIDTHS[high], key=lambda w: abs(math.log(params(family, w, **options) / target)))
+    return shape(family, width, **options)
 
 
 def learning_rate(width: int) -> float:
@@ -139,22 +211,25 @@ SIZES = {"xs": 64, "s": 128, "m": 256, "l": 512}  # widths
 ARGUMENTS = {"size": "s", "params": 0.0, "steps": 1000, "data": "", "tokenizer": "bytes", "dtype": "bfloat16"}
 
 
-def config(family: str, arg: str, published: Mapping[str, Shape], **others: Any) -> Config:
+def config(
+    family: str, arg: str, published: Mapping[str, Shape], *, options: Mapping[str, Any] | None = None, **others: Any
+) -> Config:
     """What the `get_config(arg)` of a family's file gives: a size of the recipe, or one of the `published` shapes.
 
     Arguments: size, or params (target without embeddings, active ones), steps, data (a text file or folder, a folder of
     token shards, or synthetic[:spec]; default: the source of Python's standard library), tokenizer (for text), dtype;
-    `others` are those that the file itself has read.
+    `others` are those that the file itself has read, and `options` go to the family's recipe.
     """
+    options = options or {}
     args = parse_arg(arg, **ARGUMENTS, **others)
     if args.size not in (*SIZES, *published):
         raise BadInput("config argument size", args.size, f"must be one of {', '.join((*SIZES, *published))}")
     if args.params:
-        changes = sized(family, args.params)
+        changes = sized(family, args.params, **options)
     elif args.size in published:
         changes = {"family": family, **published[args.size]}
     else:
-        changes = shape(family, SIZES[args.size])
+        changes = shape(family, SIZES[args.size], **options)
     changes |= {"train.steps": args.steps, "model.compute_dtype": args.dtype, "data.tokenizer": args.tokenizer}
     conf = override(base(), changes)
     if args.data:

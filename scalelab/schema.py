@@ -50,6 +50,27 @@ LATER_SECTIONS: dict[str, dict[str, Any]] = {
         "conv": 4,  # K
         "chunk": 64,  # Q
     },
+    "gla": {
+        "heads": 4,
+        "conv": 0,  # K; 0: none
+        "chunk": 32,  # Q, a power of two
+    },
+    "deltanet": {
+        "heads": 4,
+        "conv": 4,  # K
+        "negative": False,  # beta up to 2: eigenvalues from -1 on
+        "chunk": 32,  # Q
+    },
+    "gated_deltanet": {
+        "heads": 4,  # of queries and keys
+        "value_heads": 4,  # a multiple of heads
+        "key_dim": 48,  # of one head
+        "value_dim": 96,  # of one head
+        "conv": 4,  # K
+        "negative": False,  # beta up to 2: eigenvalues from -1 on
+        "chunk": 32,  # Q
+    },
+    "lightning": {"heads": 4, "head_dim": 64, "chunk": 64},
 }
 
 

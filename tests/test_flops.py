@@ -244,3 +244,96 @@ def test_mamba2_130m():
     assert (counts.total, counts.non_embedding) == (128_989_632, 90_368_448)
     assert flops.per_token(config, 2048).forward == 287_026_176
     assert flops.state_bytes(config, 2048) == pytest.approx(19.1e6, rel=0.002)
+
+
+def linear_body(mixer, width, layers, hidden):
+    """Non-embedding parameters of layers of a mixer with so many parameters, a SwiGLU MLP and two norms."""
+    return layers * (mixer + 3 * width * hidden + 2 * width) + width
+
+
+def test_gla_by_hand():
+    """GLA 1.3B: D 2048, L 24, H 4; 4 D^2 and the low-rank gate. FLOPs of section 7.1."""
+    D, L, H, F, T, V = 2048, 24, 4, 5632, 2048, 32000
+    config = section(
+        vocab_size=V, width=D, layers=L, blocks=(("gla", "mlp"),), tied_embeddings=False, mlp__hidden=F, gla__chunk=64
+    )
+    dk, dv = 256, 512
+    mixer = 2 * D * D // 2 + 3 * D * D + 16 * D + 16 * D // 2 + D // 2 + dv
+    assert flops.counts(config).non_embedding == linear_body(mixer, D, L, F)
+    matrices = 2 * (4 * D * D + 16 * D + 16 * D // 2 + 3 * D * F)
+    recurrence = H * (2 * (dk + dv) * 32.5 + 4 * dk * dv)
+    assert flops.per_token(config, T).forward == L * (matrices + recurrence) + 2 * D * V
+    assert flops.decode_per_token(config, 9) == L * (matrices + H * 5 * dk * dv) + 2 * D * V
+    assert flops.state_bytes(config, 9) == L * H * dk * dv * 4
+
+
+def test_deltanet_by_hand():
+    """DeltaNet 340M of the flame repository: D 1024, L 24, H 8, F 2816."""
+    D, L, H, F, K, T, V = 1024, 24, 8, 2816, 4, 2048, 32000
+    config = section(
+        vocab_size=V, width=D, layers=L, blocks=(("deltanet", "mlp"),), tied_embeddings=False, mlp__hidden=F,
+        deltanet__heads=H, deltanet__chunk=64,
+    )  # fmt: skip
+    d = D // H
+    mixer = 4 * D * D + D * H + 3 * K * D + d
+    assert flops.counts(config).non_embedding == linear_body(mixer, D, L, F)
+    matrices = 2 * (4 * D * D + D * H + 3 * K * D + 3 * D * F)
+    rule = H * (65 * 5 * d + 6 * d * d + 64 * 64 / 3)
+    assert flops.per_token(config, T).forward == pytest.approx(L * (matrices + rule) + 2 * D * V, rel=1e-12)
+    assert flops.decode_per_token(config, 9) == L * (matrices + H * 6 * d * d) + 2 * D * V
+    assert flops.state_bytes(config, 9) == L * (H * d * d * 4 + 3 * D * 3 * 2)
+
+
+def test_gated_deltanet_by_hand():
+    """Qwen3-Next's linear layer: D 2048, 16 key heads and 32 value heads of 128: 33,718,464 parameters. And the paper's
+    6 heads of 256 and 512: about 6 D^2."""
+    D, K, T = 2048, 4, 2048
+    layer = {"vocab_size": 1000, "width": D, "layers": 1, "blocks": (("gated_deltanet", "none"),)}
+    config = section(
+        **layer, gated_deltanet__heads=16, gated_deltanet__value_heads=32, gated_deltanet__key_dim=128,
+        gated_deltanet__value_dim=128, gated_deltanet__chunk=64,
+    )  # fmt: skip
+    projections = D * (2 * 2048 + 2 * 4096) + D * 64 + 4096 * D
+    mixer = projections + K * 8192 + 2 * 32 + 128
+    assert mixer == 33_718_464
+    assert flops.counts(config).non_embedding == mixer + 2 * D
+    rule = 32 * (65 * 5 * 128 + 6 * 128 * 128 + 64 * 64 / 3)
+    forward = flops.per_token(config, T).forward_without_unembedding
+    assert forward == pytest.approx(2 * projections + 2 * K * 8192 + rule, rel=1e-12)
+    assert flops.state_bytes(config, 9) == 32 * 128 * 128 * 4 + 3 * 8192 * 2
+    paper = section(
+        **layer, gated_deltanet__heads=6, gated_deltanet__value_heads=6, gated_deltanet__key_dim=256,
+        gated_deltanet__value_dim=512,
+    )  # fmt: skip
+    assert flops.counts(paper).non_embedding / (6 * D * D) == pytest.approx(1, abs=0.005)
+
+
+def test_lightning_by_hand():
+    """MiniMax's layer at small size: 5 D^2 and the norm's gain; the slopes are no parameters."""
+    D, H, d, Q, T = 64, 4, 16, 64, 256
+    config = section(
+        width=D,
+        layers=3,
+        blocks=(("lightning", "none"),),
+        lightning__heads=H,
+        lightning__head_dim=d,
+        lightning__chunk=Q,
+    )
+    assert flops.counts(config).non_embedding == 3 * (5 * D * D + D + D) + D
+    recurrence = H * (4 * d * 32.5 + 4 * d * d + 2 * d * d / Q)
+    assert flops.per_token(config, T).forward_without_unembedding == 3 * (2 * 5 * D * D + recurrence)
+
+
+def test_hybrids_add_up_layer_by_layer():
+    def cost(**changes):
+        config = section(layers=4, gated_deltanet__chunk=16, **changes)
+        n = flops.counts(config)
+        return (
+            n.total - n.embedding - 24, flops.per_token(config, 50).forward_without_unembedding,
+            flops.state_bytes(config, 50),
+        )  # fmt: skip
+
+    linear, attention = ("gated_deltanet", "mlp"), ("attention", "mlp")
+    mixed = cost(blocks=(linear, linear, linear, attention))
+    pure = [cost(blocks=(block,)) for block in (linear, attention)]
+    assert mixed == pytest.approx([(3 * a + b) / 4 for a, b in zip(*pure, strict=True)], rel=1e-12)

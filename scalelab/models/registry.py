@@ -8,6 +8,8 @@ from typing import Any
 
 from scalelab.errors import BadInput
 from scalelab.models.attention import Attention
+from scalelab.models.delta import DeltaNet, GatedDeltaNet
+from scalelab.models.linear_attention import GLA, Lightning
 from scalelab.models.mamba import Mamba, Mamba2
 from scalelab.models.mlp import MLP
 from scalelab.models.part import ChannelMixer, Mixer
@@ -21,6 +23,7 @@ from scalelab.schema import at_least, between, choice
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention, "mamba": Mamba, "mamba2": Mamba2,
     "mlstm": MLSTM, "mlstm_up": MLSTMUp, "slstm": SLSTM,
+    "gla": GLA, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet, "lightning": Lightning,
 }  # fmt: skip
 CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP}
 

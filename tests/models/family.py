@@ -24,6 +24,10 @@ def section(**changes):
 
 
 MAMBA2 = {"mamba2__head_dim": 4, "mamba2__state": 5, "mamba2__groups": 2, "mamba2__chunk": 4}
+GATED = {
+    "gated_deltanet__heads": 2, "gated_deltanet__value_heads": 4, "gated_deltanet__key_dim": 3,
+    "gated_deltanet__value_dim": 5, "gated_deltanet__chunk": 4,
+}  # fmt: skip
 SLSTM = ("slstm", "mlp")
 FAMILY = {
     "parscale": section(
@@ -41,6 +45,30 @@ FAMILY = {
         mlstm_up__heads=2,
         mlstm_up__chunk=4,
         slstm__heads=2,
+    ),
+    "gla": section(blocks=(("gla", "mlp"),), gla__heads=2, gla__chunk=4),
+    "gla_conv": section(blocks=(("gla", "mlp"),), gla__heads=2, gla__chunk=8, gla__conv=3),
+    "deltanet": section(blocks=(("deltanet", "mlp"),), deltanet__heads=2, deltanet__chunk=4),
+    "gated_deltanet": section(blocks=(("gated_deltanet", "mlp"),), **GATED),
+    "lightning": section(
+        blocks=(("lightning", "mlp"),), layers=3, lightning__heads=3, lightning__head_dim=4, lightning__chunk=4
+    ),
+    "delta_hybrid": section(  # negative eigenvalues; attention without positions
+        blocks=(("gated_deltanet", "mlp"), ("deltanet", "none"), ("attention", "mlp")),
+        layers=3,
+        attention__rope_theta=0.0,
+        deltanet__heads=4,
+        deltanet__chunk=4,
+        deltanet__negative=True,
+        **{**GATED, "gated_deltanet__negative": True},
+    ),
+    "lightning_hybrid": section(
+        blocks=(("lightning", "mlp"), ("attention", "mlp", {"window": 4}), ("gla", "none")),
+        layers=6,
+        lightning__heads=2,
+        lightning__head_dim=8,
+        gla__heads=4,
+        gla__chunk=4,
     ),
     "mamba": section(blocks=(("mamba", "none"),), mamba__state=3, mamba__chunk=4, mamba__dt_rank=2),
     "mamba2": section(blocks=(("mamba2", "none"),), layers=3, **MAMBA2),

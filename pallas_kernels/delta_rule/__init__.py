@@ -1,0 +1,48 @@
+"""The chunked delta rule, with or without a decay per head: DeltaNet and Gated DeltaNet."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.delta_rule import xla
+
+
+def delta_rule(
+    q: Float[Array, "B T G dk"],
+    k: Float[Array, "B T G dk"],
+    v: Float[Array, "B T H dv"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"] | None = None,
+    state: Float[Array, "B H dk dv"] | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+    *,
+    chunk: int = 32,
+) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
+    """Per head, R_t = exp(g_t) S_{t-1}, S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T, o_t = S_t^T q_t; returns (o in v's
+    dtype, S_T in float32).
+
+    g = `log_decay` <= 0, 0 if none. Head h reads group floor(h G / H) of q and k; G divides H. beta |k|^2 in [0, 2]
+    keeps the transition I - beta k k^T from growing anything. `state` is S_0 (zero if none). Where `reset` is true
+    S_{t-1} counts as zero: the first token of a document.
+
+    Precision: beta, g, its sums and exponentials, the triangular system and the states are float32; products take
+    their operands in v's dtype and accumulate in float32. Only exponentials of non-positive numbers are formed.
+    FLOPs per token and head, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: 2 c (3 dk + 2 dv) + 6
+    dk dv + Q^2 / 3. The plain form runs everything in the full square, per token G 4 dk Q + H (2 Q (dk + 2 dv) + 6 dk
+    dv + 2 Q (Q - 1)), and pads T to whole chunks.
+    Memory between the passes: T Q (2 G + 4 H) numbers a row, 3 copies of k and v, and T / Q states.
+    Source: Yang et al. 2024 (arXiv 2406.06484; gated: 2412.06464).
+    """
+    return xla.delta_rule(q, k, v, beta, log_decay, state, reset, chunk)
+
+
+def step(
+    q: Float[Array, "B G dk"],
+    k: Float[Array, "B G dk"],
+    v: Float[Array, "B H dv"],
+    beta: Float[Array, "B H"],
+    log_decay: Float[Array, "B H"] | None,
+    state: Float[Array, "B H dk dv"],
+) -> tuple[Float[Array, "B H dv"], Float[Array, "B H dk dv"]]:
+    """One token: 6 dk dv FLOPs a head, 7 with a decay, and reading and writing the state."""
+    return xla.step(q, k, v, beta, log_decay, state)

@@ -1,0 +1,43 @@
+"""The chunked gated linear recurrence with a decay for every key channel: GLA."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.gla import xla
+
+
+def gla(
+    q: Float[Array, "B T H dk"],
+    k: Float[Array, "B T H dk"],
+    v: Float[Array, "B T H dv"],
+    log_decay: Float[Array, "B T H dk"],
+    state: Float[Array, "B H dk dv"] | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+    *,
+    chunk: int = 32,
+) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
+    """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t, per head; returns (o in v's dtype, S_T in float32).
+
+    g = `log_decay` <= 0, float32. `state` is S_0 (zero if none). Where `reset` is true S_{t-1} counts as zero: the
+    first token of a document. `chunk` is a power of two.
+
+    Precision: g, its sums and exponentials, and the states are float32; products take their operands in v's dtype and
+    accumulate in float32. Only exponentials of non-positive numbers are formed.
+    FLOPs per token and head, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: 2 (dk + dv) c + 4 dk
+    dv; the plain form: 2 (log2(Q) dk + dv) Q + 4 dk dv, with T padded to whole chunks.
+    Memory between the passes: log2(Q) + 3 copies of q and k, T Q log2(Q) scores a head, and T / Q states.
+    Source: Yang et al. 2023 (arXiv 2312.06635), whose secondary blocks are here those of every size 1, 2, 4 ... Q / 2.
+    """
+    return xla.gla(q, k, v, log_decay, state, reset, chunk)
+
+
+def step(
+    q: Float[Array, "B H dk"],
+    k: Float[Array, "B H dk"],
+    v: Float[Array, "B H dv"],
+    log_decay: Float[Array, "B H dk"],
+    state: Float[Array, "B H dk dv"],
+) -> tuple[Float[Array, "B H dv"], Float[Array, "B H dk dv"]]:
+    """One token: 5 dk dv FLOPs a head, and reading and writing the state."""
+    return xla.step(q, k, v, log_decay, state)
