@@ -44,7 +44,8 @@ class PerToken:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Parameters: all; those that one token uses; of the embedding; of the unembedding (0 where tied); the rest."""
+    """Parameters: all; those that one token uses; of the embedding, learned positions included; of the unembedding
+    (0 where tied); the rest."""
 
     total: int
     active: int

@@ -94,6 +94,7 @@ def base() -> Config:
             "norm_eps": 1e-6,
             "placement": "pre",  # pre | post | peri | out
             "embed_norm": False,
+            "positions": 0,  # learned absolute positions, one vector each; 0: none
             "tied_embeddings": True,
             "logit_cap": 0.0,  # 0: none
             "init": "normal",  # normal | small | fan_in
@@ -107,9 +108,11 @@ def base() -> Config:
                 "head_dim": 64,
                 "rope_theta": 10000.0,  # 0: no rotation
                 "qk_norm": False,
+                "qk_norm_full": False,  # QK-norm over all heads at once (OLMo 2) in place of each by itself
                 "window": 0,  # 0: none; counts the token itself
                 "soft_cap": 0.0,  # 0: none
                 "bias": False,
+                "qkv_bias": False,  # on q, k, v and not on the output (Qwen 2)
             },
             "mlp": {"kind": "swiglu", "hidden": 704, "bias": False},  # swiglu | geglu | gelu
             **{section: dict(fields) for section, fields in LATER_SECTIONS.items()},
@@ -174,6 +177,7 @@ OUTSIDE_ID = ("checkpoint", "log", "mesh", "runs", "data.threads", "data.tokeniz
 ADDED_LATER: dict[str, Any] = {
     f"model.{section}.{name}": value for section, fields in LATER_SECTIONS.items() for name, value in fields.items()
 }
+ADDED_LATER |= {"model.positions": 0, "model.attention.qk_norm_full": False, "model.attention.qkv_bias": False}
 
 # ------------------------------------------------------------------------------------------------ validation
 
@@ -233,6 +237,9 @@ def validate(config: Config) -> None:
             raise BadInput("config.checkpoint.keep_at", step, f"must be steps from 1 to {train.steps}")
     choice("log.wandb", config.log.wandb, ("", "online", "offline"))
     at_least("mesh.data", config.mesh.data, 0)
+    if 0 < config.model.positions < data.seq_len:
+        remedy = f"is too few for data.seq_len = {data.seq_len}; 0 takes no learned positions"
+        raise BadInput("config.model.positions", config.model.positions, remedy)
     for field in ("seed", "data_seed"):
         between(field, config[field], 0, 2**32 - 1)
 

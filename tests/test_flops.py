@@ -25,9 +25,9 @@ LLAMA_165M = {
     "attention__head_dim": 128,
     "mlp__hidden": 2048,
 }
-# Without its table of learned positions: 1024 x 768 parameters, counted as embedding, no FLOPs.
 GPT2_SMALL = {
     "vocab_size": 50257,
+    "positions": 1024,  # counted as embedding, no FLOPs
     "width": 768,
     "layers": 12,
     "norm": "layernorm",
@@ -57,9 +57,16 @@ def test_llama_165m():
 def test_gpt2_small():
     config = section(**GPT2_SMALL)
     counts = flops.counts(config)
-    assert (counts.total + 1024 * 768, counts.non_embedding) == (124_439_808, 85_056_000)
+    assert (counts.total, counts.non_embedding) == (124_439_808, 85_056_000)
+    assert counts.embedding == (50257 + 1024) * 768
     assert counts.unembedding == 0  # tied
     assert flops.per_token(config, 1024).forward == 265_956_864
+
+
+QK_NORMS = [
+    {"attention__qk_norm": norm, "attention__qk_norm_full": full}
+    for norm, full in ((False, False), (True, False), (True, True))
+]
 
 
 @st.composite
@@ -81,8 +88,10 @@ def configs(draw):
         attention__heads=kv_heads * draw(st.integers(1, 2)),
         attention__kv_heads=kv_heads,
         attention__head_dim=2 * draw(st.integers(1, 4)),
-        attention__qk_norm=draw(st.booleans()),
+        **draw(st.sampled_from(QK_NORMS)),
         attention__bias=draw(st.booleans()),
+        attention__qkv_bias=draw(st.booleans()),
+        positions=draw(st.sampled_from([0, 9])),
         attention__window=draw(window),
         attention__soft_cap=draw(st.sampled_from([0.0, 20.0])),
         mlp__kind=draw(st.sampled_from(["swiglu", "gelu"])),
@@ -97,12 +106,14 @@ def test_counts_are_the_sum_of_the_leaves_and_the_formula(config):
     _, params = models.abstract(config)
     counts = flops.counts(config)
     assert counts.total == sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert counts.embedding == params["embed"].size
+    assert counts.embedding == params["embed"].size + config.positions * config.width
 
     a, m, D = config.attention, config.mlp, config.width
     H, Hk, d, F = a.heads, a.kv_heads, a.head_dim, m.hidden
     norm = D * (2 if config.norm == "layernorm" else 1) * (2 if config.placement == "peri" else 1)
-    attention = 2 * D * H * d + 2 * D * Hk * d + a.qk_norm * 2 * d + a.bias * ((H + 2 * Hk) * d + D) + norm
+    qk_norm = (H + Hk) * d if a.qk_norm_full else a.qk_norm * 2 * d
+    bias = (a.bias or a.qkv_bias) * (H + 2 * Hk) * d + a.bias * D
+    attention = 2 * D * H * d + 2 * D * Hk * d + qk_norm + bias + norm
     mlp = (3 if m.kind == "swiglu" else 2) * D * F + m.bias * ((2 if m.kind == "swiglu" else 1) * F + D) + norm
     assert counts.unembedding == (0 if config.tied_embeddings else D * config.vocab_size)
     blocks = resolve(config).blocks

@@ -34,9 +34,11 @@ class AttentionOptions:
     head_dim: int
     rope_theta: float
     qk_norm: bool
+    qk_norm_full: bool
     window: int
     soft_cap: float
     bias: bool
+    qkv_bias: bool
 
 
 class Attention(Mixer):
@@ -57,6 +59,8 @@ class Attention(Mixer):
             at_least(f"{field}.{name}", getattr(o, name), 0)
         if o.heads % o.kv_heads:
             raise BadInput(f"config.{field}.kv_heads", o.kv_heads, f"must divide heads = {o.heads}")
+        if o.qk_norm_full and not o.qk_norm:
+            raise BadInput(f"config.{field}.qk_norm_full", True, "needs qk_norm")
         if o.rope_theta and o.head_dim % 2:
             raise BadInput(f"config.{field}.head_dim", o.head_dim, "must be even to be rotated (or rope_theta = 0)")
 
@@ -70,11 +74,15 @@ class Attention(Mixer):
             "v": Tensor((D, Hk, d), "hidden", fan_in=D),
             "out": Tensor((H, d, D), "hidden", fan_in=H * d, residual=True),
         }
-        if o.bias:
-            for name, shape in {"q": (H, d), "k": (Hk, d), "v": (Hk, d), "out": (D,)}.items():
+        if o.bias or o.qkv_bias:
+            for name, shape in {"q": (H, d), "k": (Hk, d), "v": (Hk, d)}.items():
                 tensors[f"{name}_bias"] = Tensor(shape, "vector")
-        if o.qk_norm:  # one gain over d, shared by the heads (Qwen3)
-            tensors |= {f"{name}_norm": Tensor((d,), "vector", fill=1.0) for name in "qk"}
+        if o.bias:
+            tensors["out_bias"] = Tensor((D,), "vector")
+        if o.qk_norm:  # one gain over d, shared by the heads (Qwen3), or one over all of them (OLMo 2)
+            for name, heads in {"q": H, "k": Hk}.items():
+                width = heads * d if o.qk_norm_full else d
+                tensors[f"{name}_norm"] = Tensor((width,), "vector", fill=1.0)
         if spec.streams > 1:
             shape = (spec.streams, spec.stream_prefix, Hk, d)
             tensors |= {f"prefix_{name}": Tensor(shape, "vector", start=parscale.start) for name in "kv"}
@@ -117,8 +125,7 @@ class Attention(Mixer):
         o = self.options
         q, k, v = (self._project(x, name) for name in "qkv")
         if o.qk_norm:
-            q = rms_norm(q, self.weight("q_norm"), self.spec.norm_eps)
-            k = rms_norm(k, self.weight("k_norm"), self.spec.norm_eps)
+            q, k = self._qk_norm(q, "q_norm"), self._qk_norm(k, "k_norm")
         if o.rope_theta:
             q, k = rope(q, positions, o.rope_theta), rope(k, positions, o.rope_theta)
         T = x.shape[1]
@@ -142,7 +149,11 @@ class Attention(Mixer):
 
     def _project(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T H d"]:
         y = linear(x, self.weight(name))
-        return y + self.weight(f"{name}_bias") if self.options.bias else y
+        return y + self.weight(f"{name}_bias") if self.options.bias or self.options.qkv_bias else y
+
+    def _qk_norm(self, x: Float[Array, "B T H d"], name: str) -> Float[Array, "B T H d"]:
+        rows = x.reshape(*x.shape[:2], -1) if self.options.qk_norm_full else x
+        return rms_norm(rows, self.weight(name), self.spec.norm_eps).reshape(x.shape)
 
     def init_state(self, batch: int, max_len: int) -> dict[str, Array]:
         """An empty cache of min(window, max_len) keys (rotated) and values: a ring, slot = index mod its length.

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cross_entropy import cross_entropy
+from scalelab.errors import BadInput
 from scalelab.models.block import Block
 from scalelab.models.layers import Norm, soft_cap
 from scalelab.models.parscale import Aggregator, spread
@@ -28,6 +29,7 @@ Params = dict[str, Any]  # nested, of raw arrays; the repeated period's have a l
 class LanguageModel(nnx.Module):
     embed: nnx.Param
     unembed: nnx.Param
+    positions: nnx.Param
 
     def __init__(self, spec: Spec, draw: Source):
         self.spec = spec
@@ -67,7 +69,7 @@ class LanguageModel(nnx.Module):
         positions: Int[Array, "#B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token, float32. Positions default to 0 .. T-1; tokens of different segments do not see
-        each other."""
+        each other. Learned positions, like rotary ones, count from the start of the row."""
         return self._logits(self.hidden(tokens, segment_ids, positions)[0])
 
     def hidden(
@@ -79,11 +81,11 @@ class LanguageModel(nnx.Module):
         """What the head reads, and aux: {"loss": sum of the blocks' auxiliary losses, to be added to the training
         loss; "prefix" | "period" | "suffix": {block: {"mixer" | "channel": its values}}, where there are any}."""
         if positions is None:
+            self._check_length(tokens.shape[1])
             positions = jnp.arange(tokens.shape[1])[None]
+        x = self._embed(tokens, positions)
         positions, segment_ids = self._rows(positions), spread(segment_ids, self.spec.streams)
-        x, _, aux = self._stack(
-            self._embed(tokens), None, lambda block, x, state: block(x, segment_ids, positions, state)
-        )
+        x, _, aux = self._stack(x, None, lambda block, x, state: block(x, segment_ids, positions, state))
         return self._final(x), aux
 
     def nll(
@@ -113,6 +115,8 @@ class LanguageModel(nnx.Module):
     def init_state(self, batch: int, max_len: int) -> dict[str, Any]:
         """What decoding carries: {"length": tokens seen, "prefix" | "period" | "suffix": {block: its state}}."""
 
+        self._check_length(max_len)
+
         def states(blocks: Any, lead: tuple[int, ...]) -> dict[str, Any]:
             one = {name: block.init_state(batch * self.spec.streams, max_len) for name, block in blocks.items()}
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (*lead, *a.shape)), one)
@@ -126,7 +130,8 @@ class LanguageModel(nnx.Module):
 
     def step(self, tokens: Int[Array, " B"], state: dict[str, Any]) -> tuple[Float[Array, "B V"], dict[str, Any]]:
         """One more token -> (logits of the one after it, state). Equals the same row of `__call__`."""
-        x, after, _ = self._stack(self._embed(tokens), state, lambda block, x, state: (*block.step(x, state), {}))
+        x = self._embed(tokens, state["length"])
+        x, after, _ = self._stack(x, state, lambda block, x, state: (*block.step(x, state), {}))
         return self._logits(self._final(x)), after | {"length": state["length"] + 1}
 
     def extend(
@@ -136,20 +141,27 @@ class LanguageModel(nnx.Module):
         positions = state["length"] + jnp.arange(tokens.shape[1])[None]
         segment_ids = spread(segment_ids, self.spec.streams)
         x, after, _ = self._stack(
-            self._embed(tokens), state, lambda block, x, state: block(x, segment_ids, positions, state)
+            self._embed(tokens, positions), state, lambda block, x, state: block(x, segment_ids, positions, state)
         )
         return self._logits(self._final(x)), after | {"length": state["length"] + tokens.shape[1]}
 
     # -------------------------------------------------------------------------------- pieces
 
-    def _embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
-        x = self.embed[...][tokens].astype(self.spec.dtype)
+    def _embed(self, tokens: Int[Array, "*b"], positions: Int[Array, "*#b"]) -> Float[Array, "*b D"]:
+        x = self.embed[...][tokens]
+        if self.spec.positions:
+            x = x + self.positions[...][positions]
+        x = x.astype(self.spec.dtype)
         x = self.embed_norm(x) if self.spec.embed_norm else x
         return x if self.spec.streams == 1 else jnp.repeat(x, self.spec.streams, axis=0)
 
     def _rows(self, positions: Int[Array, "#B T"]) -> Int[Array, "#B T"]:
         """Positions of every stream; one row stands for all."""
         return positions if positions.shape[0] == 1 else jnp.repeat(positions, self.spec.streams, axis=0)
+
+    def _check_length(self, length: int) -> None:
+        if 0 < self.spec.positions < length:
+            raise BadInput("config.model.positions", self.spec.positions, f"is too few for {length} tokens in a row")
 
     def _final(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """Normed, and the streams of ParScale mixed into one."""
@@ -191,7 +203,11 @@ class LanguageModel(nnx.Module):
 def _outer_tensors(spec: Spec) -> dict[str, Tensor]:
     V, D = spec.vocab_size, spec.width
     tensors = {"embed": Tensor((V, D), "embedding", fan_in=D)}
-    return tensors if spec.tied_embeddings else tensors | {"unembed": Tensor((D, V), "unembedding", fan_in=D)}
+    if not spec.tied_embeddings:
+        tensors["unembed"] = Tensor((D, V), "unembedding", fan_in=D)
+    if spec.positions:
+        tensors["positions"] = Tensor((spec.positions, D), "embedding", fan_in=D)
+    return tensors
 
 
 def _blocks(spec: Spec, blocks: tuple[BlockSpec, ...], draw: Source, lead: tuple[int, ...] = ()) -> Any:

@@ -49,7 +49,8 @@ def resolve(config: Any) -> Spec:
         at_least(f"model.{name}", config[name], 1)
     for name in ("norm_eps", "init_std"):
         at_least(f"model.{name}", config[name], 0, above=True)
-    at_least("model.logit_cap", config.logit_cap, 0)
+    for name in ("positions", "logit_cap"):
+        at_least(f"model.{name}", config[name], 0)
     at_least("model.parscale.streams", config.parscale.streams, 1)
     at_least("model.parscale.prefix", config.parscale.prefix, 1)
     between("model.parscale.smoothing", config.parscale.smoothing, 0, 1)
@@ -89,6 +90,7 @@ def resolve(config: Any) -> Spec:
         norm_eps=config.norm_eps,
         placement=config.placement,
         embed_norm=config.embed_norm,
+        positions=config.positions,
         tied_embeddings=config.tied_embeddings,
         logit_cap=config.logit_cap,
         init_kind=config.init,

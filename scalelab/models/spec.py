@@ -36,6 +36,7 @@ class Spec:
     norm_eps: float
     placement: str
     embed_norm: bool
+    positions: int
     tied_embeddings: bool
     logit_cap: float
     init_kind: str

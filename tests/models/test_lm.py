@@ -9,6 +9,7 @@ from flax import nnx
 
 from scalelab import models
 from scalelab.config import base, override
+from scalelab.errors import BadInput
 
 V = 23
 
@@ -47,6 +48,7 @@ MODELS = {
     ),
     "gpt2": section(
         suffix=(("attention", "mlp"),),
+        positions=11,
         norm="layernorm",
         attention__bias=True,
         mlp__bias=True,
@@ -54,6 +56,7 @@ MODELS = {
         attention__rope_theta=0.0,
         attention__kv_heads=4,
     ),
+    "olmo2": section(placement="out", attention__qk_norm=True, attention__qk_norm_full=True, attention__qkv_bias=True),
 }
 each = pytest.mark.parametrize("name", MODELS)
 
@@ -172,9 +175,36 @@ def test_packed_documents_equal_the_documents_alone(name):
     packed, segments = jnp.concatenate([a, b], axis=1), jnp.array([[1] * 6 + [2] * 5])
     got = full(name)(params, packed, segments)
     close(got[:, :6], full(name)(params, a))
-    close(got[:, 6:], full(name)(params, b))  # rotary positions are relative, so its offset does not matter
     positions = jnp.array([[*range(6), *range(5)]])
+    if MODELS[name].positions:  # they count from the start of the row, unless told otherwise
+        got = full(name)(params, packed, segments, positions)
+    close(got[:, 6:], full(name)(params, b))  # rotary positions are relative, so its offset does not matter
     close(full(name)(params, packed, segments, positions), got)
+
+
+def test_learned_positions_are_added_and_have_an_end():
+    graphdef, params = built("gpt2")
+    model, text = models.merge(graphdef, params), tokens(1, 12)
+    want = params["embed"][text[:, :3]] + params["positions"][:3]
+    np.testing.assert_array_equal(model._embed(text[:, :3], jnp.arange(3)[None]), want)
+    for run in (lambda: model(text), lambda: model.init_state(1, 12)):
+        with pytest.raises(BadInput, match=r"config\.model\.positions = 11: is too few for 12 tokens"):
+            run()
+
+
+def test_qk_norm_over_all_heads_by_hand():
+    graphdef, params = built("olmo2")
+    layer = jax.tree.map(lambda a: a[0], params["period"]["0"]["mixer"])
+    blocks, stacked = nnx.split(models.merge(graphdef, params).period)
+    mixer = nnx.merge(blocks, jax.tree.map(lambda a: a[0], stacked))["0"].mixer
+    assert {name: layer[name].shape for name in ("q_norm", "k_norm", "q_bias")} == {
+        "q_norm": (16,), "k_norm": (8,), "q_bias": (4, 4),
+    }  # fmt: skip
+    assert "out_bias" not in layer
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 4))
+    flat = np.asarray(x).reshape(2, 5, 16)
+    want = flat / np.sqrt((flat**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(layer["q_norm"])
+    close(mixer._qk_norm(x, "q_norm"), want.reshape(x.shape))
 
 
 # ------------------------------------------------------------------------------------ the loss
