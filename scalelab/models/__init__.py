@@ -1,6 +1,7 @@
 """Language models: a stack of blocks, each a sequence mixer and a channel mixer by name."""
 
+from scalelab.models import counters
 from scalelab.models.lm import LanguageModel, abstract, build, init, logits, merge, roles, split
 from scalelab.models.registry import validate
 
-__all__ = ["LanguageModel", "abstract", "build", "init", "logits", "merge", "roles", "split", "validate"]
+__all__ = ["LanguageModel", "abstract", "build", "counters", "init", "logits", "merge", "roles", "split", "validate"]

@@ -10,6 +10,7 @@ from scalelab.errors import BadInput
 from scalelab.models.attention import Attention
 from scalelab.models.mamba import Mamba, Mamba2
 from scalelab.models.mlp import MLP
+from scalelab.models.moe import MoE
 from scalelab.models.part import ChannelMixer, Mixer
 from scalelab.models.slstm import SLSTM
 from scalelab.models.spec import BlockSpec, Spec, options
@@ -22,7 +23,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention, "mamba": Mamba, "mamba2": Mamba2,
     "mlstm": MLSTM, "mlstm_up": MLSTMUp, "slstm": SLSTM,
 }  # fmt: skip
-CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP}
+CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP, "moe": MoE}
 
 
 def validate(config: Any) -> None:

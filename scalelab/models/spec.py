@@ -43,6 +43,9 @@ class Spec:
     compute_dtype: str
     remat: str
     loss_chunk: int
+    # Not of the config, but of the pass: whether it is a training one, and how many devices share the batch.
+    training: bool = False
+    shards: int = 1
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:

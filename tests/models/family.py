@@ -25,7 +25,12 @@ def section(**changes):
 
 MAMBA2 = {"mamba2__head_dim": 4, "mamba2__state": 5, "mamba2__groups": 2, "mamba2__chunk": 4}
 SLSTM = ("slstm", "mlp")
+MOE = {"blocks": (("attention", "moe"),), "moe__experts": 5, "moe__top_k": 2, "moe__hidden": 12}
+LING = {"moe__router": "sigmoid", "moe__bias_rate": 0.001, "moe__scale": 2.5, "moe__shared": 1, "moe__experts": 6}
 FAMILY = {
+    "moe": section(**MOE),
+    "moe_ling": section(**MOE | LING, prefix=(("attention", "mlp"),), layers=3, moe__groups=3, moe__top_groups=2),
+    "moe_capacity": section(**MOE, moe__capacity=1.0, moe__lbl_scope="sequence", moe__normalise=False),
     "xlstm": section(blocks=(("mlstm", "mlp"),), mlstm__heads=2, mlstm__chunk=4, tied_embeddings=False, logit_cap=30.0),
     "xlstm_paper": section(
         blocks=(("mlstm_up", "none"), SLSTM),
@@ -42,3 +47,5 @@ FAMILY = {
         blocks=(("mamba2", "none"), ("attention", "mlp", {"window": 4})), layers=4, placement="peri", **MAMBA2
     ),
 }
+# Choices between experts jump along any line: their gradients are tested where choices are fixed (test_moe.py).
+PIECEWISE = {name for name in FAMILY if name.startswith("moe")}
