@@ -58,8 +58,9 @@ def after_step(config: Any, params: Any, counted: dict[str, Any]) -> Any:
     return params
 
 
-def summary(config: Any, counted: dict[str, Any]) -> dict[str, Array]:
-    """What to log of a batch with these counters: name -> one entry for each layer that has it, first layer first."""
+def summary(config: Any, counted: dict[str, Any]) -> dict[str, Any]:
+    """What to log of a batch with these counters: {"routing": {name: mean over layers, of "max_..." the largest},
+    "load": (layers, experts), first layer first}, or nothing where there is no router."""
     found: dict[str, list[tuple[int, Array]]] = {}
     for part, name, block in _channels(config):
         if seen := _of(counted, part, name):
@@ -67,4 +68,9 @@ def summary(config: Any, counted: dict[str, Any]) -> dict[str, Array]:
                 layers = values if part == "period" else values[None]
                 entries = found.setdefault(key, [])
                 entries += [(block.layer + block.stride * i, layers[i]) for i in range(layers.shape[0])]
-    return {key: jnp.stack([v for _, v in sorted(entries, key=lambda e: e[0])]) for key, entries in found.items()}
+    stacked = {key: jnp.stack([v for _, v in sorted(entries, key=lambda e: e[0])]) for key, entries in found.items()}
+    if not stacked:
+        return {}
+    load = stacked.pop("load")
+    reduced = {key: jnp.max(v) if key.startswith("max") else jnp.mean(v) for key, v in stacked.items()}
+    return {"routing": reduced, "load": load}
