@@ -185,7 +185,7 @@ class MoE(ChannelMixer):
 
     def _statistics(self, logits: Float[Array, "B T Ne"], chosen: Int[Array, "B T k"]) -> dict[str, Array]:
         o = self.options
-        B, T, Ne = logits.shape
+        B, _, Ne = logits.shape
         if o.router == "softmax":
             p = jax.nn.softmax(logits)
         else:
