@@ -57,10 +57,11 @@ class Counts:
         return self.total - self.embedding - self.unembedding
 
 
-def per_token(config: Any, seq_len: int) -> PerToken:
-    """Of a model section, at a sequence length."""
+def per_token(config: Any, seq_len: int, batch: int = 1) -> PerToken:
+    """Of a model section, at a sequence length. On the number of sequences in a `batch` depends only how far experts'
+    rows are padded, in `matmul_forward`."""
     spec = resolve(config)
-    blocks = [Block.flops(spec, block, seq_len) for block in spec.blocks]
+    blocks = [Block.flops(spec, block, seq_len, batch * spec.streams) for block in spec.blocks]
     mixture = Aggregator.flops(spec) if spec.streams > 1 else Flops(0, 0)
     head = 2 * spec.width * spec.vocab_size
     body = spec.streams * sum(block.exact for block in blocks) + mixture.exact

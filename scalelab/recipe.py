@@ -42,6 +42,21 @@ def transformer(width: int) -> Shape:
     }
 
 
+def moe(width: int) -> Shape:
+    """The Transformer's shape with as much MLP active, k Fe = 8/3 D: 2 of 16 experts, or 8 of 64 from width 512 on."""
+    experts, k = (64, 8) if width >= 512 else (16, 2)
+    grain = 64 if width >= 256 else 8
+    attention = {name: value for name, value in transformer(width).items() if name != "model.mlp.hidden"}
+    return {
+        **attention,
+        "family": "moe",
+        "model.blocks": (("attention", "moe"),),
+        "model.moe.experts": experts,
+        "model.moe.top_k": k,
+        "model.moe.hidden": math.ceil(8 * width / 3 / k / grain) * grain,
+    }
+
+
 def mamba(width: int) -> Shape:
     """Mamba-1: a mixer has half of a Transformer layer's parameters, hence twice the layers."""
     return {
@@ -148,6 +163,7 @@ def hybrid(width: int, mixer: str = "gated_deltanet", every: int = 4, window: in
 
 FAMILIES: dict[str, Callable[..., Shape]] = {
     "transformer": transformer,
+    "moe": moe,
     "mamba": mamba,
     "mamba2": mamba2,
     "xlstm": xlstm,

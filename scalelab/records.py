@@ -82,6 +82,9 @@ class RunRecord:
     held_out: dict[str, Any] = _column("the same by source")
     train_loss: float | None = _column("mean over the last tenth of the steps, nats per token")
     entropy: float | None = _column("floor of the loss where the data's is known, nats per token")
+    routing: dict[str, Any] | None = _column(
+        "of experts: balance loss, entropies (nats), max violation, drop rate, as train_loss; load at the end by layer"
+    )
 
     seconds: float | None = _measured("s, all attempts, compilation and evaluation included")
     step_seconds: float | None = _measured("s, median time between steps")

@@ -22,6 +22,24 @@ LATER_SECTIONS: dict[str, dict[str, Any]] = {
         "prefix": 48,  # learned keys and values of each stream in every attention layer
         "smoothing": 0.01,  # eps: each stream weighs at least eps / P; the paper's runs had 0.1
     },
+    "moe": {
+        "experts": 8,  # Ne
+        "top_k": 2,  # k
+        "hidden": 256,  # Fe of one expert
+        "shared": 0,  # experts of every token
+        "router": "softmax",  # softmax | sigmoid
+        "normalise": True,  # weights of the k sum to 1 (never for k = 1)
+        "scale": 1.0,  # of the weights
+        "groups": 1,  # of experts, of which the best `top_groups` compete for a token
+        "top_groups": 1,
+        "capacity": 0.0,  # of an expert in a training sequence, over T k / Ne; 0: dropless
+        "lbl": 0.01,  # coefficient of the balance loss
+        "lbl_scope": "global",  # sequence | micro_batch | global
+        "lbl_sequences": 1,  # in a micro-batch
+        "z_loss": 0.001,  # of the router
+        "bias_rate": 0.0,  # step of the selection bias; 0: none
+        "bias_centred": False,  # its steps have mean 0
+    },
     "mlstm": {
         "heads": 4,
         "qk_factor": 0.5,  # width of all queries over the model's

@@ -60,10 +60,10 @@ def resolve(config: Config, corpus: data.Corpus) -> Config:
 
 
 def make_nll(
-    config: Config, model: Config, bos: int
+    config: Config, model: Config, bos: int, *, training: bool = False, shards: int = 1
 ) -> Callable[[Any, Int[Array, "B T+1"]], tuple[Float[Array, "B T"], Float[Array, "B T"], Any]]:
-    """(params, rows) -> negative log-likelihood in nats and log-sum-exp of the logits, per target token."""
-    graphdef, _ = models.abstract(model)
+    """(params, rows) -> negative log-likelihood in nats and log-sum-exp of the logits, per target token, and aux."""
+    graphdef, _ = models.abstract(model, training=training, shards=shards)
 
     def nll(params: Any, rows: Int[Array, "B T+1"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Any]:
         inputs, targets = rows[:, :-1], rows[:, 1:]
@@ -74,40 +74,48 @@ def make_nll(
 
 
 def make_step(
-    config: Config, nll: Callable[..., Any], optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Int[Array, "B T+1"], Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    config: Config, model: Config, nll: Callable[..., Any], optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Int[Array, "B T+1"], Any], tuple[TrainState, dict[str, Any]]]:
     """(state, rows, learning rate) -> (state, metrics): one update on a global batch. Not jitted yet.
 
     The batch is cut into `accum_steps` parts. Loss and gradient are sums over all target tokens divided by their number
-    in the whole batch, whatever the parts.
+    in the whole batch, whatever the parts; a loss on how the whole batch was routed needs a pass before that counts.
     """
     parts, z_loss = config.train.accum_steps, config.train.z_loss
 
-    def objective(params: Any, rows: Int[Array, "b T+1"]) -> tuple[Array, Array]:
+    def objective(params: Any, rows: Int[Array, "b T+1"], whole: Any = None) -> tuple[Array, tuple[Array, Any]]:
         losses, lse, aux = nll(params, rows)
-        loss = jnp.sum(losses)
+        loss, blocks = jnp.sum(losses), aux["loss"]
+        if whole is not None:
+            blocks += models.counters.rest_of_loss(model, aux, whole)
         # The blocks' own losses are means over tokens; here everything is a sum.
-        return loss + z_loss * jnp.sum(lse**2) + aux["loss"] * losses.size, loss
+        total = loss + z_loss * jnp.sum(lse**2) + blocks * losses.size
+        return total, (loss, models.counters.counters(aux))
 
     gradient = jax.grad(objective, has_aux=True)
 
-    def step(state: TrainState, rows: Int[Array, "B T+1"], rate: Any) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    def total(f: Callable[[Array], Any], cut: Array) -> Any:
+        """The sum of f over the parts."""
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(f, cut[0]))
+        return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, f(part)), None), zero, cut)[0]
+
+    def step(state: TrainState, rows: Int[Array, "B T+1"], rate: Any) -> tuple[TrainState, dict[str, Any]]:
         if parts == 1:
-            grads, loss = gradient(state.params, rows)
+            grads, (loss, counted) = gradient(state.params, rows)
         else:
             # Every device cuts its own rows, so that no row moves.
             cut = rows.reshape(-1, parts, rows.shape[1]).swapaxes(0, 1)
-
-            def add(total: Any, part: Array) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
-
-            zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros((), jnp.float32))
-            (grads, loss), _ = jax.lax.scan(add, zero, cut)
+            whole = None
+            if models.counters.joint(model):
+                whole = total(lambda part: models.counters.counters(nll(state.params, part)[2]), cut)
+            grads, (loss, counted) = total(lambda part: gradient(state.params, part, whole), cut)
         tokens = rows.shape[0] * (rows.shape[1] - 1)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        params = models.counters.after_step(model, params, counted)
         metrics = {"loss": loss / tokens, "grad_norm": optax.tree.norm(grads)}
+        metrics |= models.counters.summary(model, counted)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
@@ -123,9 +131,12 @@ class Trainer:
         _, shapes = models.abstract(self.model)
         mask = parametrization.decay_mask(models.roles(self.model), config.optim.decay_embeddings)
         self.optimizer = optim.optimizer(config.optim, mask)
-        nll = make_nll(config, self.model, corpus.bos)
+        nll, training_nll = (
+            make_nll(config, self.model, corpus.bos, training=training, shards=self.mesh.size)
+            for training in (False, True)
+        )
         everywhere = sharding.replicated(self.mesh)
-        self.step = jax.jit(make_step(config, nll, self.optimizer), donate_argnums=0)
+        self.step = jax.jit(make_step(config, self.model, training_nll, self.optimizer), donate_argnums=0)
         self.nll = jax.jit(lambda params, rows: nll(params, rows)[0], out_shardings=everywhere)
         self._init = jax.jit(self._initial, out_shardings=everywhere)
         self.abstract = jax.tree.map(
@@ -293,8 +304,12 @@ class Attempt:
             self.step_times.append(now - self.last_read)
         self.last_read = now
         line = {"step": step, "loss": loss, "grad_norm": grad_norm, "seconds": round(self._seconds(), 3)}
+        if "routing" in metrics:
+            line["routing"] = {name: float(value) for name, value in metrics["routing"].items()}
         if held_out is not None:
             line["held_out"] = held_out
+            if "load" in metrics:
+                line["load"] = np.round(np.asarray(metrics["load"], np.float64), 5).tolist()
         for sink in self.sinks:
             sink.write(line)
         limit = self.config.train.diverge_above * math.log(self.trainer.model.vocab_size)
@@ -330,7 +345,11 @@ class Attempt:
         counts = flops.counts(model)
         compute = flops.conventions(model, config.data.seq_len, tokens)
         held_out = {} if reason else lines[-1]["held_out"]
-        tail = [line["loss"] for line in lines[-max(1, len(lines) // 10) :]]
+        tail = lines[-max(1, len(lines) // 10) :]
+        routing = None
+        if "routing" in tail[-1]:
+            routing = {name: mean([line["routing"][name] for line in tail]) for name in tail[-1]["routing"]}
+            routing["load"] = tail[-1].get("load")
         step_seconds = statistics.median(self.step_times) if self.step_times else None
         rate = compute["flops"] / steps / step_seconds if step_seconds else None
         peak = peak_flops()
@@ -352,7 +371,7 @@ class Attempt:
             precision=model.compute_dtype,
             loss=held_out.get("loss"), loss_se=held_out.get("loss_se"),
             bpb=held_out.get("bpb"), bpb_se=held_out.get("bpb_se"), held_out=held_out.get("sources", {}),
-            train_loss=None if None in tail else sum(tail) / len(tail), entropy=corpus.entropy,
+            train_loss=mean([line["loss"] for line in tail]), entropy=corpus.entropy, routing=routing,
             seconds=round(self._seconds(), 3), step_seconds=step_seconds,
             tokens_per_second=batch_tokens / step_seconds if step_seconds else None,
             flops_per_second=rate, mfu=rate / (peak * len(devices)) if rate and peak else None,
@@ -360,6 +379,12 @@ class Attempt:
             attempts=self.attempts, started=self.started, finished=utc(), versions=versions(),
             git_commit=commit, git_dirty=dirty,
         )  # fmt: skip
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None, which stands for a number that is not finite, makes the mean None."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def write_failure(folder: pathlib.Path, error: BaseException) -> None:

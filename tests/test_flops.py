@@ -1,3 +1,5 @@
+import importlib
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -348,3 +350,39 @@ def test_hybrids_add_up_layer_by_layer():
     mixed = cost(blocks=(linear, linear, linear, attention))
     pure = [cost(blocks=(block,)) for block in (linear, attention)]
     assert mixed == pytest.approx([(3 * a + b) / 4 for a, b in zip(*pure, strict=True)], rel=1e-12)
+
+
+def preset(size, vocab_size):
+    config = importlib.import_module("configs.moe").get_config(f"size={size}")
+    return override(config, {"model.vocab_size": vocab_size}).model
+
+
+@pytest.mark.parametrize(
+    ("size", "vocab_size", "total", "body", "active", "forward"),
+    [
+        ("mixtral-8x7b", 32000, 46_702_792_704, 46_440_648_704, 12_617_781_248, 26_571_177_984),
+        ("qwen3-30b-a3b", 151936, 30_532_122_624, 29_909_792_768, 2_730_702_848, 7_694_319_616),
+    ],
+)
+def test_published_mixtures_of_experts(size, vocab_size, total, body, active, forward):
+    config = preset(size, vocab_size)
+    counts = flops.counts(config)
+    assert (counts.total, counts.non_embedding) == (total, body)
+    assert counts.active - counts.embedding - counts.unembedding == active
+    assert flops.per_token(config, 4096).forward == forward
+
+
+def test_ling_mini_by_hand():
+    """Section 5.3 of the specification: first layer dense, one shared expert; the selection bias is no parameter."""
+    D, H, Hk, d, Ne, k, Fe, F = 2048, 16, 4, 128, 256, 8, 512, 5120
+    counts = flops.counts(preset("ling-mini", 157184))
+    attention = 2 * D * H * d + 2 * D * Hk * d + 2 * d + 2 * D  # with QK-norm and the layer's two norms
+    dense = 20 * attention + 3 * D * F + D
+    assert counts.non_embedding == dense + 19 * (3 * D * Fe * (Ne + 1) + D * Ne)
+    assert counts.active - 2 * 157184 * D == dense + 19 * (3 * D * Fe * (k + 1) + D * Ne)
+
+
+def test_olmoe_has_7_billion_parameters_and_uses_1():
+    counts = flops.counts(preset("olmoe", 50304))
+    assert counts.total == pytest.approx(6.92e9, rel=0.002)
+    assert counts.active == pytest.approx(1.28e9, rel=0.005)

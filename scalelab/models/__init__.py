@@ -1,5 +1,6 @@
 """Language models: a stack of blocks, each a sequence mixer and a channel mixer by name."""
 
+from scalelab.models import counters
 from scalelab.models.lm import LanguageModel, abstract, build, init, logits, merge, roles, split
 from scalelab.models.registry import validate, with_vocabulary
 
@@ -7,6 +8,7 @@ __all__ = [
     "LanguageModel",
     "abstract",
     "build",
+    "counters",
     "init",
     "logits",
     "merge",

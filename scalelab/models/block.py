@@ -53,11 +53,11 @@ class Block(nnx.Module):
         return tree
 
     @staticmethod
-    def flops(spec: Spec, block: BlockSpec, seq_len: int) -> Flops:
+    def flops(spec: Spec, block: BlockSpec, seq_len: int, batch: int = 1) -> Flops:
         mixer = MIXERS[block.mixer].flops(spec, block.mixer_options, seq_len)
         if block.channel == "none":
             return mixer
-        channel = CHANNELS[block.channel].flops(spec, block.channel_options)
+        channel = CHANNELS[block.channel].flops(spec, block.channel_options, batch * seq_len)
         return Flops(mixer.exact + channel.exact, mixer.matmul + channel.matmul)
 
     @staticmethod

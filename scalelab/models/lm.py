@@ -6,6 +6,7 @@ is in it. Norm statistics, softmax, rotary angles, logits and the loss are float
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -231,9 +232,13 @@ def _sum_of_losses(aux: dict[str, Any]) -> Float[Array, ""]:
 # ------------------------------------------------------------------------------------ the functional face
 
 
-def build(config: Any, rngs: nnx.Rngs) -> LanguageModel:
-    """The model of a config (its `model` section, vocabulary known), parameters drawn. Raises `BadInput`."""
-    spec = resolve(config)
+def build(config: Any, rngs: nnx.Rngs, *, training: bool = False, shards: int = 1) -> LanguageModel:
+    """The model of a config (its `model` section, vocabulary known), parameters drawn. Raises `BadInput`.
+
+    `training`: its passes are those of training, where that makes a difference (experts with a capacity). `shards`:
+    devices that share a batch, neighbouring rows each; it says only what should stay together.
+    """
+    spec = dataclasses.replace(resolve(config), training=training, shards=shards)
     tensors = jax.tree_util.tree_leaves_with_path(LanguageModel.tensors(spec))
     matrices = [t.size * spec.copies(path[0].key) for path, t in tensors if t.random]
     return LanguageModel(spec, spec.init.source(rngs.params(), sum(matrices)))
@@ -254,9 +259,9 @@ def init(config: Any, key: jax.Array) -> Params:
     return split(build(config, nnx.Rngs(key)))[1]
 
 
-def abstract(config: Any) -> tuple[nnx.GraphDef, Params]:
+def abstract(config: Any, *, training: bool = False, shards: int = 1) -> tuple[nnx.GraphDef, Params]:
     """`split(build(...))` with shapes in place of arrays; computes nothing."""
-    return split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))))
+    return split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0), training=training, shards=shards)))
 
 
 def logits(config: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

@@ -48,7 +48,7 @@ class MLP(ChannelMixer):
         return tensors
 
     @staticmethod
-    def flops(spec: Spec, options: MLPOptions) -> Flops:
+    def flops(spec: Spec, options: MLPOptions, tokens: int = 1) -> Flops:
         matmul = 2 * spec.width * options.hidden * (2 if options.kind == "gelu" else 3)
         return Flops(matmul, matmul)
 

@@ -97,10 +97,33 @@ class ChannelMixer(Part):
         raise NotImplementedError
 
     @staticmethod
-    def flops(spec: Spec, options: Any) -> Flops:
-        """Forward, per token."""
+    def flops(spec: Spec, options: Any, tokens: int = 1) -> Flops:
+        """Forward, per token of `tokens` at once."""
         raise NotImplementedError
 
     def __call__(self, x: Float[Array, "*b D"]) -> tuple[Float[Array, "*b D"], dict[str, Any]]:
         """x -> (y, aux as a mixer's)."""
         raise NotImplementedError
+
+    # What the training step asks. Counters are the aux without "loss": sums over tokens, so that those of the parts of
+    # a batch add up; in a scanned stack with an axis of layers in front, as the parameters have.
+
+    @staticmethod
+    def joint(options: Any) -> bool:
+        """Whether its loss on a part of a batch depends on the counters of the whole."""
+        return False
+
+    @staticmethod
+    def rest_of_loss(options: Any, seen: dict[str, Array], whole: dict[str, Array]) -> Array:
+        """What its loss on a part of a batch lacks, given the counters of the part and of the whole."""
+        raise NotImplementedError
+
+    @staticmethod
+    def after_step(options: Any, params: dict[str, Array], counters: dict[str, Array]) -> dict[str, Array]:
+        """Its buffers that change after an optimiser step on a batch with these counters."""
+        return {}
+
+    @staticmethod
+    def summary(options: Any, counters: dict[str, Array]) -> dict[str, Array]:
+        """What to log of a batch: numbers and vectors for each layer."""
+        return {}

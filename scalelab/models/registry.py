@@ -12,6 +12,7 @@ from scalelab.models.delta import DeltaNet, GatedDeltaNet
 from scalelab.models.linear_attention import GLA, Lightning
 from scalelab.models.mamba import Mamba, Mamba2
 from scalelab.models.mlp import MLP
+from scalelab.models.moe import MoE
 from scalelab.models.part import ChannelMixer, Mixer
 from scalelab.models.slstm import SLSTM
 from scalelab.models.spec import BlockSpec, Spec, options
@@ -25,7 +26,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "mlstm": MLSTM, "mlstm_up": MLSTMUp, "slstm": SLSTM,
     "gla": GLA, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet, "lightning": Lightning,
 }  # fmt: skip
-CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP}
+CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP, "moe": MoE}
 
 
 def validate(config: Any) -> None:

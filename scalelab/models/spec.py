@@ -47,6 +47,9 @@ class Spec:
     streams: int
     stream_prefix: int
     stream_smoothing: float
+    # Not of the config, but of the pass: whether it is a training one, and how many devices share the batch.
+    training: bool = False
+    shards: int = 1
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:

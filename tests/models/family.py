@@ -29,6 +29,8 @@ GATED = {
     "gated_deltanet__value_dim": 5, "gated_deltanet__chunk": 4,
 }  # fmt: skip
 SLSTM = ("slstm", "mlp")
+MOE = {"blocks": (("attention", "moe"),), "moe__experts": 5, "moe__top_k": 2, "moe__hidden": 12}
+LING = {"moe__router": "sigmoid", "moe__bias_rate": 0.001, "moe__scale": 2.5, "moe__shared": 1, "moe__experts": 6}
 FAMILY = {
     "parscale": section(
         blocks=(("attention", "mlp", {"window": 3}), ("mamba2", "none")),
@@ -36,6 +38,9 @@ FAMILY = {
         parscale__prefix=2,
         **MAMBA2,
     ),
+    "moe": section(**MOE),
+    "moe_ling": section(**MOE | LING, prefix=(("attention", "mlp"),), layers=3, moe__groups=3, moe__top_groups=2),
+    "moe_capacity": section(**MOE, moe__capacity=1.0, moe__lbl_scope="sequence", moe__normalise=False),
     "xlstm": section(blocks=(("mlstm", "mlp"),), mlstm__heads=2, mlstm__chunk=4, tied_embeddings=False, logit_cap=30.0),
     "xlstm_paper": section(
         blocks=(("mlstm_up", "none"), SLSTM),
@@ -76,3 +81,5 @@ FAMILY = {
         blocks=(("mamba2", "none"), ("attention", "mlp", {"window": 4})), layers=4, placement="peri", **MAMBA2
     ),
 }
+# Choices between experts jump along any line: their gradients are tested where choices are fixed (test_moe.py).
+PIECEWISE = {name for name in FAMILY if name.startswith("moe")}

@@ -1,0 +1,85 @@
+"""Products of rows with the matrix of the group each belongs to: the experts of a mixture.
+
+Rows are laid out in tiles of equal height, each of one group: groups begin at a multiple of the height, and what is
+left of a group's last tile is zero. So a tile is one ordinary matrix product, whatever the groups' sizes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul import xla
+
+
+class Layout(NamedTuple):
+    """Where M rows go in N tiles of t. Tiles beyond the last used one count as of the last group and are zero."""
+
+    source: Int[Array, "N t"]  # the row at each place; M: none
+    place: Int[Array, " M"]  # the place of each row, tiles flattened; N t: nowhere
+    group: Int[Array, " N"]  # of each tile
+
+
+def tiles(rows: int, groups: int, tile: int) -> int:
+    """N that suffices whatever the groups' sizes: sum of ceil(size / tile) at its largest."""
+    return (rows + min(rows, groups) * (tile - 1)) // tile
+
+
+def tile_height(rows: int, groups: int) -> int:
+    """The power of two whose tiles take least time, where to fetch a tile's matrix costs as much as 16 more rows."""
+    return min((2**i for i in range(9)), key=lambda t: tiles(rows, groups, t) * (t + 16))
+
+
+def padded_rows(rows: int, groups: int) -> int:
+    """N t at the height that `tile_height` chooses: rows of the products as they run."""
+    tile = tile_height(rows, groups)
+    return tiles(rows, groups, tile) * tile
+
+
+def ranks(group: Int[Array, " M"], groups: int) -> tuple[Int[Array, " M"], Int[Array, " groups"]]:
+    """(how many earlier rows each row's group has, size of each group). Rows of group `groups` are in none."""
+    sizes = jnp.sum(group[:, None] == jnp.arange(groups), axis=0, dtype=jnp.int32)
+    order = jnp.argsort(group, stable=True)
+    first = jnp.append(jnp.cumsum(sizes) - sizes, jnp.sum(sizes))
+    in_order = jnp.arange(group.size, dtype=jnp.int32) - first[group[order]]
+    return jnp.zeros_like(in_order).at[order].set(in_order, unique_indices=True), sizes
+
+
+def layout(group: Int[Array, " M"], groups: int, tile: int = 0) -> Layout:
+    """The tiles of rows with a group each, 0 to groups - 1; rows of group `groups` go nowhere. Rows of a group keep
+    their order. Any sizes: empty groups take no tile, one group may have all rows."""
+    M = group.size
+    tile = tile or tile_height(M, groups)
+    N = tiles(M, groups, tile)
+    rank, sizes = ranks(group, groups)
+    ends = jnp.cumsum(-(-sizes // tile))
+    start = jnp.append(0, ends[:-1]) * tile
+    place = jnp.where(group < groups, jnp.append(start, 0)[group] + rank, N * tile)
+    source = jnp.full((N * tile,), M, jnp.int32).at[place].set(jnp.arange(M), mode="drop")
+    of_tile = jnp.sum(ends <= jnp.arange(N)[:, None], axis=1)
+    return Layout(source.reshape(N, tile), place, jnp.minimum(of_tile, groups - 1))
+
+
+def spread(x: Float[Array, "n D"], plan: Layout) -> Float[Array, "N t D"]:
+    """Rows to their places: of the layout's M = n k rows, number i is a copy of x[i // k]. Both directions, values
+    and gradients, are gathers."""
+    return xla.spread(x, plan.source, plan.place)
+
+
+def collect(y: Float[Array, "N t D"], plan: Layout) -> Float[Array, "M D"]:
+    """Rows from their places; what went nowhere comes back as zero."""
+    return xla.collect(y, plan.source, plan.place)
+
+
+def grouped_matmul(
+    x: Float[Array, "N t D"], w: Float[Array, "G D F"], group: Int[Array, " N"]
+) -> Float[Array, "N t F"]:
+    """y_n = x_n w[group_n], in x's dtype, accumulated in float32; differentiable in x and w.
+
+    FLOPs: 2 N t D F, padding included (`padded_rows`). Bytes of the weights: D F a tile. The gradient of w is summed
+    over tiles in float32.
+    Source: the tiles are those of block-sparse products (Gale et al. 2022, arXiv 2211.15841), aligned to groups.
+    """
+    return xla.grouped_matmul(x, w, group)
