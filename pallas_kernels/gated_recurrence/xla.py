@@ -30,7 +30,7 @@ def gated_recurrence(
     q, k, v = (chunked(a.astype(v.dtype)) for a in (q, k, v))
     b = jnp.cumsum(chunked(log_decay.astype(F32)), axis=2)  # (B, C, Q, H), inclusive
     seen = jnp.tril(jnp.ones((Q, Q), bool))[None, None]
-    from_start = to_end = None
+    from_start = to_end = jnp.ones((B, C, Q), bool)
     if reset is not None:
         document = jnp.cumsum(chunked(reset), axis=2)  # numbered inside the chunk; 0 began before it
         seen = seen & (document[:, :, :, None] == document[:, :, None, :])

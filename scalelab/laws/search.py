@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -76,7 +77,7 @@ def refit(
             if data is None:
                 best.exchange()
             good = best.converged & (np.count_nonzero(counts, axis=1) >= free)
-            held: np.ndarray = ((best.theta <= problem.lower) | (best.theta >= problem.upper)).any(axis=1)
+            held: Any = ((best.theta <= problem.lower) | (best.theta >= problem.upper)).any(axis=1)
             boundary[part] = held[back]
             theta[part] = np.where(good[:, None], best.theta, np.nan)[back]
     return theta, boundary

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -66,7 +66,7 @@ def simulate(
         value = law.predict(params, design)
         on = law.objective.on
         spread = noise * rng.standard_normal(len(value))
-    drawn = value * np.exp(spread) if on == "log" else value + spread
+    drawn: Any = value * np.exp(spread) if on == "log" else value + spread
     if not np.isfinite(drawn).all():
         raise BadInput("design", drawn[~np.isfinite(drawn)].index[:5].tolist(), f"{law.name} has no finite value there")
     table = pd.DataFrame(design) if not isinstance(design, pd.DataFrame) else design

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -110,7 +111,7 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
         predicted = -np.vecdot(step, gradient + 0.5 * (hessian @ step[:, :, None])[:, :, 0])
         if not leaving.any():
             continue
-        places = np.flatnonzero(leaving)
+        places: Any = np.flatnonzero(leaving)
         left = lane[places]
         out.theta[left], out.value[left], out.converged[left] = theta[places], value[places], done[places]
         out.iterations[left] = age[places] - 1
@@ -122,7 +123,7 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
         if len(fresh):
             lane[filled], w[filled] = fresh, weights[fresh]
             theta[filled] = trial[filled] = start[fresh]
-            if d is not None:
+            if d is not None and data is not None:
                 d[filled] = data[fresh]
             floor[filled] = smallest * w[filled].sum(axis=1)
             value[filled], predicted[filled], damping[filled], age[filled] = np.inf, np.inf, DAMPING, 0
@@ -176,7 +177,7 @@ def _by_elimination(matrix, slope, damping):
     solution = solution.reshape(P, 2, S)
     bent = np.flatnonzero(~(pivots[:, :S] > 1e-10).all(0))
     with np.errstate(invalid="ignore", over="ignore"):  # of the void lanes
-        promise = 0.5 * np.vecdot(slope.T, solution[:, 0], axis=0)
+        promise = 0.5 * np.sum(slope.T * solution[:, 0], axis=0)
     return solution[:, 1].T.copy(), promise, bent
 
 
