@@ -112,7 +112,7 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
         if not leaving.any():
             continue
         places: Any = np.flatnonzero(leaving)
-        left = lane[places]
+        left: Any = lane[places]
         out.theta[left], out.value[left], out.converged[left] = theta[places], value[places], done[places]
         out.iterations[left] = age[places] - 1
         if tick is not None:
