@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-
 # what comes of a formula that looks at values (`if`, `while`, np.asarray), or calls a function that JAX lacks
 UNTRACEABLE = (TypeError, AttributeError, ValueError)
 
