@@ -20,7 +20,7 @@ from scalelab.laws.fit import Fit
 from scalelab.laws.notices import Notice
 from scalelab.laws.parameter import Parameter
 from scalelab.laws.regression import Constrained, FormRegression
-from scalelab.laws.traced import Traced
+from scalelab.laws.traced import UNTRACEABLE, Traced
 
 FREEDOM = 4.0  # of Student's t
 NOISE = (math.log(0.01), 2.0)  # prior of ln sigma: one per cent of the target, within a factor of 50 (95 %)
@@ -45,7 +45,7 @@ def posterior(
       draws, warmup: per chain.
 
     Raises `FeatureMissing` without NumPyro (pip install 'scalelab[bayes]'), `BadInput` for a fit without a likelihood
-    or a formula that JAX cannot trace (one that decides on values).
+    or a formula that JAX cannot trace (one that looks at values).
     """
     goal = fit.options.objective
     kind = likelihood or ("normal" if goal.kind == "squares" else "student")
@@ -148,8 +148,8 @@ def _sample(
         first = 0.5 * np.random.default_rng(seed).standard_normal((chains, len(density.location)))
         try:
             known = np.isfinite(np.asarray(jax.jit(jax.vmap(density.log_density))(first)))
-        except (TypeError, AttributeError):
-            remedy = "its formula decides on values, or calls what JAX lacks: it has a bootstrap, and no posterior"
+        except UNTRACEABLE:
+            remedy = "its formula looks at values, or calls what JAX lacks: it has a bootstrap, and no posterior"
             raise BadInput("law", density.law.name, remedy) from None
         first = np.where(known[:, None], first, 0.0)  # beyond a bound: from the fit itself
         first = jax.numpy.asarray(first if chains > 1 else first[0])

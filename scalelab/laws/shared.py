@@ -339,16 +339,22 @@ class ArmFit(Fit):
             joint.split(whole.estimate[None], k)[0], joint.split(whole.samples, k), [], record,
         )  # fmt: skip
         self.whole, self.name, self._index = whole, name, k
-        self._examined = self._studied = True
+        self._examined, self._studied = False, True
 
     @property
     def notices(self) -> list[Notice]:
+        """The joint fit's, and what only this form can have wrong with it."""
+        if not self._examined:
+            self._examined = True
+            for notice in self.law.findings(self):
+                self.add(notice)
         return [*self.whole.notices, *self._notices]
 
     @property
     def warnings(self) -> list[Notice]:
         rank = {"error": 0, "warning": 1, "note": 2}
-        return sorted([*self.whole.warnings, *self._notices], key=lambda n: rank[n.severity])
+        known = self.notices[len(self.whole.notices) :]
+        return sorted([*self.whole.warnings, *known], key=lambda n: rank[n.severity])
 
     def holdout(self, cut=None):
         """The joint fit's: the largest runs of all arms held out together."""

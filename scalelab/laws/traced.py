@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+# what comes of a formula that looks at values (`if`, `while`, np.asarray), or calls a function that JAX lacks
+UNTRACEABLE = (TypeError, AttributeError, ValueError)
+
 
 class Traced(np.lib.mixins.NDArrayOperatorsMixin):
-    """A JAX array on which NumPy's functions act. A formula that decides on values (`if`, `while`) cannot be traced:
-    it raises JAX's own TracerBoolConversionError."""
+    """A JAX array on which NumPy's functions act; raises one of `UNTRACEABLE` where it cannot."""
 
     __slots__ = ("value",)
 

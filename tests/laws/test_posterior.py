@@ -112,13 +112,13 @@ def test_bad_input(fit):
 
 
 @needs_numpyro
-def test_a_formula_that_decides_on_values_has_no_posterior():
+def test_a_formula_that_looks_at_values_has_no_posterior():
     def deciding(p, x):
         return p.a * x.params if np.all(p.a > 0) else p.a + x.params
 
     law = laws.define("deciding", deciding, inputs=("params",), a=laws.positive(0.1, 10))
     fit = laws.fit(law, {"params": np.arange(1.0, 9), "loss": np.arange(1.0, 9) * 1.01}, bootstrap=0)
-    with pytest.raises(BadInput, match="decides on values"):
+    with pytest.raises(BadInput, match="looks at values"):
         posterior(fit)
 
 

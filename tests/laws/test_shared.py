@@ -216,6 +216,14 @@ def test_an_arm_is_a_fit():
     assert isinstance(fit.refit(), SharedFit)
 
 
+def test_an_arm_has_the_findings_of_its_form(monkeypatch):
+    found = laws.Notice("odd-arm", "warning", "odd.", "look.")
+    monkeypatch.setattr(laws.Chinchilla, "findings", lambda self, fit: [found] if fit.params["A"] < 365 else [])
+    fit = fit_shared(arms(0.0), bootstrap=0)
+    assert [n.code for n in fit.arm("new").warnings].count("odd-arm") == 1
+    assert "odd-arm" not in {n.code for n in fit.arm("base").warnings}
+
+
 def test_pairs_are_drawn_together(tmp_path):
     """Noise that both arms' runs have in common leaves the difference of their parameters."""
     rng = np.random.default_rng(5)
