@@ -28,8 +28,8 @@ def tiles(rows: int, groups: int, tile: int) -> int:
 
 
 def tile_height(rows: int, groups: int) -> int:
-    """The power of two whose tiles take least time, where to fetch a tile's matrix costs as much as 16 more rows."""
-    return min((2**i for i in range(9)), key=lambda t: tiles(rows, groups, t) * (t + 16))
+    """The power of two whose tiles take least time, where to fetch a tile's matrix costs as much as 12 more rows."""
+    return min((2**i for i in range(9)), key=lambda t: tiles(rows, groups, t) * (t + 12))
 
 
 def padded_rows(rows: int, groups: int) -> int:

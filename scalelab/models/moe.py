@@ -160,7 +160,7 @@ class MoE(ChannelMixer):
             by = by + jax.lax.stop_gradient(self.exact("bias"))
         if o.groups > o.top_groups:
             by = jnp.where(self._competing(by), by, -jnp.inf)
-        _, chosen = jax.lax.top_k(by, o.top_k)
+        chosen = top(by, o.top_k)
         # A masked sum: its gradient, unlike that of a gather, is no scatter.
         w = jnp.sum(jnp.where(one_hot(chosen, o.experts), scores[..., None, :], 0.0), axis=-1)
         if o.normalise and o.top_k > 1:
@@ -170,8 +170,8 @@ class MoE(ChannelMixer):
     def _competing(self, scores: Float[Array, "*b Ne"]) -> Bool[Array, "*b Ne"]:
         o = self.options
         by_group = scores.reshape(*scores.shape[:-1], o.groups, -1)
-        best = jnp.sum(jax.lax.top_k(by_group, 2)[0], axis=-1)
-        stay = jnp.any(one_hot(jax.lax.top_k(best, o.top_groups)[1], o.groups), axis=-2)
+        best = jnp.sum(jnp.sort(by_group, axis=-1)[..., -2:], axis=-1)
+        stay = jnp.any(one_hot(top(best, o.top_groups), o.groups), axis=-2)
         return jnp.broadcast_to(stay[..., None], by_group.shape).reshape(scores.shape)
 
     def _experts(self, x: Float[Array, "n D"], chosen: Int[Array, "n k"], w: Float[Array, "n k"]) -> Array:
@@ -249,6 +249,15 @@ class MoE(ChannelMixer):
             "drop_rate": counters["dropped"] / choices,
             "load": f,
         }
+
+
+def top(scores: Float[Array, "*b n"], k: int) -> Int[Array, "*b k"]:
+    """The k best, best first, of equal ones the first. `lax.top_k` would fetch the rows of all devices."""
+    chosen = []
+    for _ in range(k):
+        chosen.append(jnp.argmax(scores, axis=-1))
+        scores = jnp.where(one_hot(chosen[-1], scores.shape[-1]), -jnp.inf, scores)
+    return jnp.stack(chosen, axis=-1)
 
 
 def one_hot(index: Int[Array, "*b"], n: int) -> Bool[Array, "*b n"]:
