@@ -193,7 +193,7 @@ class MoE(ChannelMixer):
             p = p / jnp.sum(p, axis=-1, keepdims=True)
         counts = jnp.sum(one_hot(chosen, Ne), axis=(1, 2), dtype=F32)  # of each sequence
         probabilities = jnp.sum(p, axis=1)
-        group = {"sequence": 1, "micro_batch": o.lbl_sequences, "global": B}[o.lbl_scope]
+        group = {"sequence": 1, "micro_batch": o.lbl_sequences * self.spec.streams, "global": B}[o.lbl_scope]
         if B % group:
             raise BadInput("config.model.moe.lbl_sequences", group, f"must divide the {B} sequences of a forward pass")
         # The mean over sets of tokens of Ne sum_e f_e P_e.

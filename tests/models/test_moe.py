@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from family import section
 
-from pallas_kernels import grouped_matmul as gmm
-from pallas_kernels.grouped_matmul.reference import rows_matmul
 from scalelab import data, models, records, sharding, train
 from scalelab.errors import BadInput
 from scalelab.models.moe import MoE, within_capacity
@@ -112,42 +110,6 @@ def test_only_the_best_groups_compete():
                           bias=[0.0, 0.0, 5.0, 5.0, 8.0, 0.0])  # fmt: skip
     counts = apply(params, inputs(2, 9, 16))[1]["counts"]
     np.testing.assert_array_equal(counts, [0, 0, 18, 18, 0, 0])  # 5 + 5 beats 8 + 0
-
-
-# ------------------------------------------------------------------------------------ the grouped product
-
-
-@pytest.mark.parametrize("tile", [1, 4, 0])
-@pytest.mark.parametrize("sizes", [[5, 0, 7, 1], [0, 0, 13, 0], [4, 4, 4, 4], [0, 0, 0, 1]])
-def test_grouped_products_are_those_of_the_rows(sizes, tile):
-    group = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [*sizes, 3]))  # 3 rows go nowhere
-    x, w = inputs(len(group), 6), inputs(4, 6, 5, seed=2)
-
-    def tiled(x, w):
-        plan = gmm.layout(jnp.asarray(group), 4, tile)
-        return gmm.collect(gmm.grouped_matmul(gmm.spread(x, plan), w, plan.group), plan)
-
-    with jax.default_matmul_precision("highest"):
-        close(tiled(x, w), rows_matmul(x, w, group))
-        probe = inputs(len(group), 5, seed=3)
-        got, want = (jax.grad(lambda x, w, f=f: jnp.vdot(f(x, w), probe), argnums=(0, 1))(x, w)
-                     for f in (tiled, lambda x, w: rows_matmul(x, w, group)))  # fmt: skip
-    jax.tree.map(close, got, want)
-    plan = gmm.layout(jnp.asarray(group), 4, tile)
-    source = np.asarray(plan.source)
-    for e in range(4):  # rows keep their order, and every tile has rows of one group
-        rows = source[np.asarray(plan.group) == e].ravel()
-        np.testing.assert_array_equal(rows[rows < len(group)], np.flatnonzero(group == e))
-
-
-def test_tiles_suffice_in_the_worst_case_and_no_more():
-    for rows, groups, tile in ((9, 4, 4), (3, 8, 4), (16, 4, 4), (1, 1, 8), (17, 3, 5), (40, 7, 1)):
-        worst = [0] + [-math.inf] * rows  # of so many rows in the groups so far
-        for _ in range(groups):
-            worst = [max(worst[n - s] + math.ceil(s / tile) for s in range(n + 1)) for n in range(rows + 1)]
-        assert gmm.tiles(rows, groups, tile) == worst[rows]
-    assert gmm.padded_rows(2, 16) == 2  # decoding reads the chosen experts only
-    assert gmm.padded_rows(8192, 16) < 1.2 * 8192
 
 
 # ------------------------------------------------------------------------------------ capacity
