@@ -75,6 +75,13 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
     p.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time (default: 0.8)")
     p.add_argument("--seed", type=int, default=0)
+    p = command("export", "Write a run's model for other software")
+    p.add_argument("path", help="a run's folder, or one that `scalelab import` wrote")
+    p.add_argument("--format", default="hf", choices=("hf",), help="hf: Hugging Face transformers (default)")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    p = command("import", "Read a model of Hugging Face transformers")
+    p.add_argument("path", help="folder of config.json and safetensors")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to write: model.json and model.safetensors")
     p = command("data", "Build data sets")
     verbs = p.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     build = verbs.add_parser(
@@ -290,6 +297,20 @@ def _sample(args: argparse.Namespace) -> int:
     for piece in sample.text(pathlib.Path(args.run), args.prompt, args.tokens, args.temperature, args.seed):
         print(piece, end="", flush=True)
     print()
+    return DONE
+
+
+def _export(args: argparse.Namespace) -> int:
+    from scalelab.exchange import command
+
+    print(command.export_hf(pathlib.Path(args.path), pathlib.Path(args.out)))
+    return DONE
+
+
+def _import(args: argparse.Namespace) -> int:
+    from scalelab.exchange import command
+
+    print(command.import_hf(pathlib.Path(args.path), pathlib.Path(args.out)))
     return DONE
 
 

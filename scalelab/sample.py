@@ -1,10 +1,11 @@
-"""Writes text from a finished or unfinished run, token by token."""
+"""Opens a finished or unfinished run, and writes text from it, token by token."""
 
 from __future__ import annotations
 
 import math
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,26 @@ from scalelab import data, models
 from scalelab.checkpoint import load_params
 from scalelab.config import RunSpec
 from scalelab.errors import BadInput
+from scalelab.schema import Config
 from scalelab.track import say
 from scalelab.train import resolve
+
+
+def load(folder: pathlib.Path) -> tuple[RunSpec, data.Corpus, Config, Any]:
+    """(spec, its data, model section with the vocabulary known, parameters of the newest checkpoint) of a run."""
+    try:
+        spec = RunSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"), str(folder / "spec.json"))
+    except OSError:
+        raise BadInput("run", str(folder), "is no run's folder (it has no spec.json)") from None
+    corpus = data.open(spec.config.data)
+    config = resolve(spec.config, corpus)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = models.abstract(config)[1]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    found = load_params(folder, shapes, say)
+    if found is None:
+        raise BadInput("run", str(folder), "has no weights (not trained yet, or checkpoint.final = nothing)")
+    return spec, corpus, config, found[1]
 
 
 def text(
@@ -27,20 +46,8 @@ def text(
         raise BadInput("--seed", seed, "must lie in [0, 2^32)")
     if tokens < 1:
         raise BadInput("--tokens", tokens, "must be at least 1")
-    try:
-        spec = RunSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"), str(folder / "spec.json"))
-    except OSError:
-        raise BadInput("run", str(folder), "is no run's folder (it has no spec.json)") from None
-    corpus = data.open(spec.config.data)
-    model_config = resolve(spec.config, corpus)
-    graphdef, shapes = models.abstract(model_config)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    found = load_params(folder, shapes, say)
-    if found is None:
-        raise BadInput("run", str(folder), "has no weights (not trained yet, or checkpoint.final = nothing)")
-    params = found[1]
-
+    _, corpus, config, params = load(folder)
+    graphdef, _ = models.abstract(config)
     try:
         context = [corpus.bos, *corpus.tokenizer.encode(prompt)]
     except (ValueError, TypeError):  # not UTF-8, or not of the alphabet

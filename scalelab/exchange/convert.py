@@ -61,9 +61,9 @@ def read_config(document: Mapping[str, Any]) -> Config:
     if document.get("quantization_config"):
         raise BadInput("config.json: quantization_config", document["quantization_config"], "cannot be read")
     layout = LAYOUTS[kind]
-    theirs = Theirs(document, layout.defaults)
+    theirs = Theirs(document, layout.defaults, layout.aliases)
     for name, value in layout.theirs.items():
-        if document.get(name, value) != value:
+        if theirs.document.get(name, value) != value:
             raise theirs.refuse(name, f"cannot be expressed: must be {value!r}")
     changes = {"compute_dtype": "float32", "blocks": ((layout.mixer, layout.channel),), **layout.built_in}
     model = base().model
@@ -75,6 +75,7 @@ def read_config(document: Mapping[str, Any]) -> Config:
             changes[ours] = theirs[name]
         else:
             changes[ours] = float(theirs.number(name)) if isinstance(default, float) else theirs.whole(name)
+    changes |= {} if layout.can_tie else {"tied_embeddings": False}
     changes |= layout.read(theirs)
     config = override(base(), {f"model.{name}": value for name, value in changes.items()}).model
     resolve(config)
@@ -154,7 +155,7 @@ def to_hf(
     layout = choose(ours)
     document = write_config(layout, ours) | dict(fields or {})
     texts = {**(files or {}), "config.json": json.dumps(document, indent=2, allow_nan=False) + "\n"}
-    return write_folder(pathlib.Path(folder), texts, write_params(params, layout, spec), shard_bytes)
+    return write_folder(pathlib.Path(folder), texts, write_params(params, layout, spec), shard_bytes, "config.json")
 
 
 def choose(ours: Ours) -> Layout:

@@ -107,10 +107,13 @@ class Weights:
 
 
 def write_folder(
-    folder: pathlib.Path, texts: Mapping[str, str], entries: Sequence[Entry], shard_bytes: int
+    folder: pathlib.Path, texts: Mapping[str, str], entries: Sequence[Entry], shard_bytes: int, key: str
 ) -> pathlib.Path:
-    """Weights and text files. A folder that is not there yet, or empty, appears whole; in one that has files the old
-    config.json goes first and the new one comes last, so that nothing reads a mixture."""
+    """Weights and text files, one of which is the `key`, without which nothing reads the folder. A folder that is not
+    there yet, or empty, appears whole; in one that has files the old key goes first and the new one comes last."""
+    for other in {"config.json", "model.json"} - {key}:
+        if (folder / other).exists():
+            raise BadInput("folder", str(folder), f"holds a model in another layout ({other}); name another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
@@ -122,10 +125,10 @@ def write_folder(
             if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
                 new.replace(folder)
                 return folder
-            (folder / "config.json").unlink(missing_ok=True)
+            (folder / key).unlink(missing_ok=True)
             for old in (*folder.glob("model*.safetensors"), folder / INDEX):
                 old.unlink(missing_ok=True)
-            for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+            for path in sorted(new.iterdir(), key=lambda path: path.name == key):
                 path.replace(folder / path.name)
     except OSError as error:
         raise BadInput("folder", str(folder), f"cannot be written: {error.strerror}") from None
@@ -170,7 +173,7 @@ def save(
     texts = {**(files or {}), "model.json": json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"}
     arrays = {name: np.asarray(a, np.float32) for name, a in flat(params).items()}
     entries: list[Entry] = [({name: a.shape}, lambda name=name: {name: arrays[name]}) for name, a in arrays.items()]
-    return write_folder(pathlib.Path(folder), texts, entries, shard_bytes=2**62)
+    return write_folder(pathlib.Path(folder), texts, entries, 2**62, "model.json")
 
 
 def load(folder: str | pathlib.Path) -> tuple[Config, Any]:

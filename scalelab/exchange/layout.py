@@ -100,8 +100,11 @@ def present(pieces: Sequence[Piece], tensors: Mapping[str, Tensor], prefix: str 
 class Theirs:
     """The fields of a config.json."""
 
-    def __init__(self, document: Mapping[str, Any], defaults: Mapping[str, Any]):
-        self.document, self.defaults = document, defaults
+    def __init__(self, document: Mapping[str, Any], defaults: Mapping[str, Any], aliases: Mapping[str, str]):
+        self.document, self.defaults = dict(document), defaults
+        for name, other in aliases.items():
+            if self.document.get(name) is None and other in document:
+                self.document[name] = document[other]
 
     def __getitem__(self, name: str) -> Any:
         """The field's value; where it is absent or null, the default that its class has."""
@@ -179,6 +182,7 @@ class Layout:
     read: Callable[[Theirs], dict[str, Any]] = lambda theirs: {}
     write: Callable[[Ours], dict[str, Any]] = lambda ours: {}
     ignored: str = r"(?!)"  # their buffers, which hold nothing learned
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other names of their fields, in older files
     can_tie: bool = True  # or else the head is written out
 
     def pieces(self, spec: Spec, block: BlockSpec, layer: int) -> list[Piece]:

@@ -195,5 +195,6 @@ XLSTM = Layout(
     },
     read=_xlstm_read,
     write=_xlstm_write,
+    aliases={"hidden_size": "embedding_dim", "num_hidden_layers": "num_blocks"},
     can_tie=False,
 )  # fmt: skip

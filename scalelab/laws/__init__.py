@@ -17,17 +17,27 @@ from typing import Any
 from scalelab.errors import BadInput
 from scalelab.laws import forms, store
 from scalelab.laws.allocate import flops_per_token
+from scalelab.laws.compare import compare
+from scalelab.laws.comparison import Comparison
+from scalelab.laws.curves import curve_features
 from scalelab.laws.envelope import EnvelopeFit, envelope
 from scalelab.laws.fit import Fit
 from scalelab.laws.forms import *  # noqa: F403  every form by its class, and the functions that belong to one
+from scalelab.laws.hyperparameters import excess_loss, step_law
 from scalelab.laws.isoflop import IsoflopFit, isoflop
 from scalelab.laws.law import Law, define
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
+from scalelab.laws.optimum import lr_optimum
 from scalelab.laws.parameter import Parameter, free, negative, positive
 from scalelab.laws.passk import BetaTail, beta_tail, coverage_table, pass_at_k
+from scalelab.laws.plan import Plan, plan
+from scalelab.laws.posterior import Posterior, posterior
+from scalelab.laws.power import detectable
 from scalelab.laws.rank import Ranking
 from scalelab.laws.rank import rank as _rank
+from scalelab.laws.shared import SharedFit, fit_shared
+from scalelab.laws.simulate import simulate
 from scalelab.laws.table import Table, read_table
 from scalelab.laws.validate import Holdout, budgets
 
@@ -35,6 +45,7 @@ LAWS: dict[str, type[Law]] = {law.name: law for law in forms.ALL}
 
 __all__ = [
     "BetaTail",
+    "Comparison",
     "EnvelopeFit",
     "Fit",
     "Holdout",
@@ -43,23 +54,36 @@ __all__ = [
     "Notice",
     "Objective",
     "Parameter",
+    "Plan",
+    "Posterior",
     "Ranking",
+    "SharedFit",
     "available",
     "beta_tail",
     "budgets",
+    "compare",
     "coverage_table",
+    "curve_features",
     "define",
+    "detectable",
     "envelope",
+    "excess_loss",
     "fit",
+    "fit_shared",
     "flops_per_token",
     "free",
     "isoflop",
     "load",
+    "lr_optimum",
     "negative",
     "pass_at_k",
+    "plan",
     "positive",
+    "posterior",
     "rank",
     "read_table",
+    "simulate",
+    "step_law",
 ]
 __all__ += forms.__all__
 
