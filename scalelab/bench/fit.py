@@ -77,7 +77,7 @@ def main(repeats: int = 7, whole: bool = False, starts: int = 40, refits: int = 
     with progress(repeats * len(tables), "bench fit") as advance:
         for table in tables:
             against_scipy(report, table, repeats, starts, refits, whole, advance)
-    first = [fresh(FIRST, tables[0].to_json()) for _ in range(repeats)]
+    first = [fresh(FIRST, str(tables[0].to_json())) for _ in range(repeats)]
     report.add_row("first fit in a fresh process, wall", _spread(first, "s"), "", "", "<= 0.3 s")
     user_defined(report, tables[0], repeats)
     farseer(report)
@@ -112,8 +112,8 @@ def chinchilla_rows() -> tuple[list[pd.DataFrame], str]:
         loss = (1.8 + 480 / params**0.35 + 2100 / tokens**0.37) * np.exp(0.01 * rng.standard_t(3, 245))
         table = pd.DataFrame({"params": params, "tokens": tokens, "loss": loss})
         where = "PLANTED (set SCALELAB_DATA to the folder with chinchilla_epoch/points.csv for the published ones)"
-    table = table[["params", "tokens", "loss"]]
-    return [table.drop(table.loss.nlargest(5).index), table], where
+    table = table.loc[:, ["params", "tokens", "loss"]]
+    return [table.sort_values("loss").head(240).sort_index(), table], where
 
 
 # ------------------------------------------------------------------------------------------------ the field's way

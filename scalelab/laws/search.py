@@ -76,8 +76,8 @@ def refit(
             if data is None:
                 best.exchange()
             good = best.converged & (np.count_nonzero(counts, axis=1) >= free)
-            held: np.ndarray = ((best.theta <= problem.lower) | (best.theta >= problem.upper)).any(axis=1)
-            boundary[part] = held[back]
+            held = (best.theta <= problem.lower) | (best.theta >= problem.upper)
+            boundary[part] = held[back].any(axis=1)
             theta[part] = np.where(good[:, None], best.theta, np.nan)[back]
     return theta, boundary
 
