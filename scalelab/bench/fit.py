@@ -112,8 +112,8 @@ def chinchilla_rows() -> tuple[list[pd.DataFrame], str]:
         loss = (1.8 + 480 / params**0.35 + 2100 / tokens**0.37) * np.exp(0.01 * rng.standard_t(3, 245))
         table = pd.DataFrame({"params": params, "tokens": tokens, "loss": loss})
         where = "PLANTED (set SCALELAB_DATA to the folder with chinchilla_epoch/points.csv for the published ones)"
-    chosen: Any = table[["params", "tokens", "loss"]]
-    return [chosen.drop(chosen.loss.nlargest(5).index), chosen], where
+    table = table.loc[:, ["params", "tokens", "loss"]]
+    return [table.sort_values("loss").head(240).sort_index(), table], where
 
 
 # ------------------------------------------------------------------------------------------------ the field's way

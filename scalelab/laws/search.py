@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -77,8 +76,8 @@ def refit(
             if data is None:
                 best.exchange()
             good = best.converged & (np.count_nonzero(counts, axis=1) >= free)
-            held: Any = ((best.theta <= problem.lower) | (best.theta >= problem.upper)).any(axis=1)
-            boundary[part] = held[back]
+            held = (best.theta <= problem.lower) | (best.theta >= problem.upper)
+            boundary[part] = held[back].any(axis=1)
             theta[part] = np.where(good[:, None], best.theta, np.nan)[back]
     return theta, boundary
 

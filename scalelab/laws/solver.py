@@ -53,7 +53,7 @@ def minimise(
     *,
     data: Float[np.ndarray, "S n"] | None = None,
     tolerance: float = TOLERANCE,
-    max_iterations: int = 300,
+    max_iterations: int = 1000,
     race: bool = False,
     tick: Callable[[int], None] | None = None,
 ) -> Solution:
@@ -71,14 +71,18 @@ def minimise(
     return _newton(problem, theta, weights, objective, data, tolerance, max_iterations, race, tick)
 
 
-def _newton(problem: Regression, start, weights, objective, data, tolerance, max_iterations, race, tick) -> Solution:
+def _newton(
+    problem: Regression, start: np.ndarray, weights: np.ndarray, objective: Objective, data: Any, tolerance: float,
+    max_iterations: int, race: bool, tick: Callable[[int], None] | None,
+) -> Solution:  # fmt: skip
     size, P = start.shape
     out = Solution(start.copy(), np.full(size, np.inf), np.zeros(size, bool), np.zeros(size, int))
     smallest = 0.5 * (ROUNDING * max(1.0, float(np.abs(problem.data).max()))) ** 2
     room = min(size, max(1, LANE_ELEMENTS // max(1, problem.rows * problem.load)))
-    lane = np.arange(room)  # the lane that each place works on; the next lanes take the places of those that leave
+    lane: Any = np.arange(room)  # the lane that each place works on; the next lanes take the places of those that leave
     following = room
-    w, d = weights[lane], None if data is None else data[lane]
+    w = weights[lane]
+    d: Any = None if data is None else data[lane]
     floor = smallest * w.sum(axis=1)
     theta, trial = start[lane], start[lane]
     value, gradient = np.full(room, np.inf), np.zeros((room, P))
@@ -111,8 +115,8 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
         predicted = -np.vecdot(step, gradient + 0.5 * (hessian @ step[:, :, None])[:, :, 0])
         if not leaving.any():
             continue
-        places: Any = np.flatnonzero(leaving)
-        left: Any = lane[places]
+        places = np.flatnonzero(leaving)
+        left = lane[places]
         out.theta[left], out.value[left], out.converged[left] = theta[places], value[places], done[places]
         out.iterations[left] = age[places] - 1
         if tick is not None:
@@ -123,7 +127,7 @@ def _newton(problem: Regression, start, weights, objective, data, tolerance, max
         if len(fresh):
             lane[filled], w[filled] = fresh, weights[fresh]
             theta[filled] = trial[filled] = start[fresh]
-            if d is not None and data is not None:
+            if d is not None:
                 d[filled] = data[fresh]
             floor[filled] = smallest * w[filled].sum(axis=1)
             value[filled], predicted[filled], damping[filled], age[filled] = np.inf, np.inf, DAMPING, 0
@@ -177,7 +181,7 @@ def _by_elimination(matrix, slope, damping):
     solution = solution.reshape(P, 2, S)
     bent = np.flatnonzero(~(pivots[:, :S] > 1e-10).all(0))
     with np.errstate(invalid="ignore", over="ignore"):  # of the void lanes
-        promise = 0.5 * np.sum(slope.T * solution[:, 0], axis=0)
+        promise = 0.5 * (slope.T * solution[:, 0]).sum(0)
     return solution[:, 1].T.copy(), promise, bent
 
 
