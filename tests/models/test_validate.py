@@ -12,7 +12,7 @@ BAD = [
     ({"layers": 2, "prefix": (A,), "suffix": (A,)}, "config.model.layers", "such as 3"),
     ({"blocks": ()}, "config.model.blocks", "at least one"),
     ({"blocks": (("attntion", "mlp"),)}, "config.model.blocks[0]: mixer", "attention"),
-    ({"blocks": (("attention", "mpl"),)}, "config.model.blocks[0]: channel mixer", "mlp, none"),
+    ({"blocks": (("attention", "mpl"),)}, "config.model.blocks[0]: channel mixer", "mlp, moe, none"),
     ({"blocks": ("attention",)}, "config.model.blocks[0]", "must be (mixer, channel mixer"),
     ({"blocks": (("attention", "mlp", 3),)}, "config.model.blocks[0]", "must be (mixer, channel mixer"),
     ({"blocks": (A, ("attention", "mlp", {"windw": 3}))}, "config.model.blocks[1].windw", "known: bias"),
