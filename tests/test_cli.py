@@ -89,7 +89,7 @@ def test_bad_input_is_one_line_status_2_and_leaves_nothing(tmp_path, corpus):
         f"sweep --config=transformer:data={corpus},steps=1 --runs=file": "--runs = 'file': cannot be made a folder",
         "sweep --config=transformer --name=../x": "--name = '../x': must be a file's name",
         f"plan --config=transformer:data={corpus} --config.model.vocab_size=100": "the tokenizer has 257 tokens",
-        "plan --config=transformer:params=1e15": "the largest Transformer of the recipe",
+        "plan --config=transformer:params=1e15": "the largest transformer of the recipe",
         "plan --config=transformer:data=shards": "manifest.json that can't be read",
         "plan --config=transformer --config.data.sources={'a':3}": "config.data.sources.a = 3: must be a mapping",
         "plan --config=list.py": "must yield {dotted field: value}",

@@ -120,7 +120,7 @@ def test_remat_vmap_and_bfloat16(name):
     close(losses[0], loss)
     config.compute_dtype, config.remat = "bfloat16", "none"
     low, gradient = jax.jit(jax.value_and_grad(loss_of(models.abstract(config)[0], text)))(params)
-    assert abs(low - loss) < 0.05
+    assert abs(low - loss) < 0.03 * loss  # a hundredth of bfloat16 in each product, through stirred layers
     assert all(a.dtype == jnp.float32 and jnp.isfinite(a).all() for a in jax.tree.leaves(gradient))
 
 
@@ -132,11 +132,11 @@ def test_gradient_by_finite_differences(name):
     roles = models.roles(FAMILY[name])
     rng = np.random.default_rng(1)
     direction = jax.tree.map(lambda a, role: np.float32(rng.normal(size=a.shape)) * (role != "buffer"), params, roles)
-    h = 1e-3
+    h = 1e-4
     at = {n: float(loss(jax.tree.map(lambda a, d, n=n: a + n * h * d, params, direction))) for n in (-2, -1, 1, 2)}
     numeric = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * h)
     exact = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
-    assert float(exact) == pytest.approx(numeric, rel=5e-3, abs=5e-3)
+    assert float(exact) == pytest.approx(numeric, rel=3e-3, abs=1e-2)
 
 
 @each
