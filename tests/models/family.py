@@ -31,6 +31,39 @@ GATED = {
 SLSTM = ("slstm", "mlp")
 MOE = {"blocks": (("attention", "moe"),), "moe__experts": 5, "moe__top_k": 2, "moe__hidden": 12}
 LING = {"moe__router": "sigmoid", "moe__bias_rate": 0.001, "moe__scale": 2.5, "moe__shared": 1, "moe__experts": 6}
+
+
+def smooth(**changes):
+    """A norm of a head whose output is tiny bends so much that finite differences would need float64."""
+    return section(norm_eps=0.01, **changes)
+
+
+LINEAR = {
+    "gla": smooth(blocks=(("gla", "mlp"),), gla__heads=2, gla__chunk=4),
+    "gla_conv": smooth(blocks=(("gla", "mlp"),), gla__heads=2, gla__chunk=8, gla__conv=3),
+    "deltanet": smooth(blocks=(("deltanet", "mlp"),), deltanet__heads=2, deltanet__chunk=4),
+    "gated_deltanet": smooth(blocks=(("gated_deltanet", "mlp"),), **GATED),
+    "lightning": smooth(
+        blocks=(("lightning", "mlp"),), layers=3, lightning__heads=3, lightning__head_dim=4, lightning__chunk=4
+    ),
+    "delta_hybrid": smooth(  # negative eigenvalues; attention without positions
+        blocks=(("gated_deltanet", "mlp"), ("deltanet", "none"), ("attention", "mlp")),
+        layers=3,
+        attention__rope_theta=0.0,
+        deltanet__heads=2,
+        deltanet__chunk=4,
+        deltanet__negative=True,
+        **{**GATED, "gated_deltanet__negative": True},
+    ),
+    "lightning_hybrid": smooth(
+        blocks=(("lightning", "mlp"), ("attention", "mlp", {"window": 4}), ("gla", "none")),
+        layers=6,
+        lightning__heads=2,
+        lightning__head_dim=8,
+        gla__heads=2,
+        gla__chunk=4,
+    ),
+}
 FAMILY = {
     "parscale": section(
         blocks=(("attention", "mlp", {"window": 3}), ("mamba2", "none")),
@@ -51,30 +84,7 @@ FAMILY = {
         mlstm_up__chunk=4,
         slstm__heads=2,
     ),
-    "gla": section(blocks=(("gla", "mlp"),), gla__heads=2, gla__chunk=4),
-    "gla_conv": section(blocks=(("gla", "mlp"),), gla__heads=2, gla__chunk=8, gla__conv=3),
-    "deltanet": section(blocks=(("deltanet", "mlp"),), deltanet__heads=2, deltanet__chunk=4),
-    "gated_deltanet": section(blocks=(("gated_deltanet", "mlp"),), **GATED),
-    "lightning": section(
-        blocks=(("lightning", "mlp"),), layers=3, lightning__heads=3, lightning__head_dim=4, lightning__chunk=4
-    ),
-    "delta_hybrid": section(  # negative eigenvalues; attention without positions
-        blocks=(("gated_deltanet", "mlp"), ("deltanet", "none"), ("attention", "mlp")),
-        layers=3,
-        attention__rope_theta=0.0,
-        deltanet__heads=4,
-        deltanet__chunk=4,
-        deltanet__negative=True,
-        **{**GATED, "gated_deltanet__negative": True},
-    ),
-    "lightning_hybrid": section(
-        blocks=(("lightning", "mlp"), ("attention", "mlp", {"window": 4}), ("gla", "none")),
-        layers=6,
-        lightning__heads=2,
-        lightning__head_dim=8,
-        gla__heads=4,
-        gla__chunk=4,
-    ),
+    **LINEAR,
     "mamba": section(blocks=(("mamba", "none"),), mamba__state=3, mamba__chunk=4, mamba__dt_rank=2),
     "mamba2": section(blocks=(("mamba2", "none"),), layers=3, **MAMBA2),
     "hybrid": section(
