@@ -127,7 +127,7 @@ def _newton(
         if len(fresh):
             lane[filled], w[filled] = fresh, weights[fresh]
             theta[filled] = trial[filled] = start[fresh]
-            if d is not None:
+            if data is not None:
                 d[filled] = data[fresh]
             floor[filled] = smallest * w[filled].sum(axis=1)
             value[filled], predicted[filled], damping[filled], age[filled] = np.inf, np.inf, DAMPING, 0
