@@ -343,9 +343,9 @@ def step(scope, parts, shards):
         state, batch = jax.device_put(state, everywhere), jax.device_put(rows, over)
     run = jax.jit(train.make_step(config, config.model, nll, optax.identity()))
     with jax.default_matmul_precision("highest"):
-        after, metrics = run(state, batch, 1.0)  # new parameters: old ones less the gradient
-        program = run.lower(state, batch, 1.0).compile().as_text()
-    moves = re.findall(r"= \\S+ (all-gather|all-to-all|collective-permute)", program)
+        program = run.lower(state, batch, np.float32(1)).compile()
+    after, metrics = program(state, batch, np.float32(1))  # new parameters: old ones less the gradient
+    moves = re.findall(r"= \\S+ (all-gather|all-to-all|collective-permute)", program.as_text())
     assert not moves, moves
     if shards > 1:
         bias = after.params["period"]["0"]["channel"]["bias"]
@@ -355,7 +355,7 @@ def step(scope, parts, shards):
 scopes = {}
 for scope in ("global", "sequence"):
     want = scopes[scope] = step(scope, 1, 1)
-    for parts, shards in ((1, 8), (2, 8), (2, 1), (4, 1)) if scope == "global" else ((2, 8),):
+    for parts, shards in ((1, 8), (2, 8), (4, 1)) if scope == "global" else ((2, 8),):
         got = step(scope, parts, shards)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, want)
 gap = max(np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(scopes[s][0]) for s in scopes)))
@@ -364,6 +364,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_and_accumulation_change_nothing_of_the_global_balance():
     flags = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
