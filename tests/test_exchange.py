@@ -22,6 +22,7 @@ GPT2 = {
     "attention__kv_heads": 4, "mlp__kind": "gelu", "mlp__bias": True,
 }  # fmt: skip
 LOCAL, GLOBAL = ("attention", "mlp", {"window": 4}), ("attention", "mlp")
+MOE = {"blocks": (("attention", "moe"),), "moe__experts": 5, "moe__top_k": 2, "moe__hidden": 12}
 XLSTM = {"blocks": (("mlstm", "mlp"),), "mlstm__heads": 2, "mlstm__chunk": 4}
 MAMBA2 = {
     "blocks": (("mamba2", "none"),), "norm_eps": 1e-5, "mamba2__head_dim": 4, "mamba2__state": 5, "mamba2__groups": 2,
@@ -40,6 +41,9 @@ MODELS = {
     "mamba untied": section(blocks=(("mamba", "none"),), mamba__expand=3, norm_eps=1e-5, tied_embeddings=False),
     "mamba2": section(**MAMBA2),
     "mamba2 untied": section(**MAMBA2, tied_embeddings=False),
+    "mixtral": section(**MOE, tied_embeddings=False, attention__window=3),
+    "qwen3_moe": section(**MOE, attention__qk_norm=True, moe__normalise=False, attention__head_dim=6),
+    "qwen3_moe dense first": section(**MOE, attention__qk_norm=True, prefix=(GLOBAL,), layers=3),
     "xlstm": section(**XLSTM, logit_cap=30.0, tied_embeddings=False),
     "xlstm without caps": section(**XLSTM, mlstm__gate_cap=0.0, tied_embeddings=False, mlp__hidden=128),
 }
@@ -163,6 +167,28 @@ WRITTEN = {
             **DECODER,
             "model.layers.0.self_attn.q_norm.weight": (16,), "model.layers.0.self_attn.k_norm.weight": (8,),
             "model.layers.0.post_feedforward_layernorm.weight": (16,),
+        },
+    ),
+    "MixtralForCausalLM": (
+        section(**MOE, layers=1),
+        {name: shape for name, shape in PRE.items() if ".mlp." not in name}
+        | {"model.layers.0.block_sparse_moe.gate.weight": (5, 16)}
+        | {
+            f"model.layers.0.block_sparse_moe.experts.{e}.{name}.weight": shape
+            for e in range(5)
+            for name, shape in (("w1", (12, 16)), ("w2", (16, 12)), ("w3", (12, 16)))
+        },
+    ),
+    "Qwen3MoeForCausalLM": (
+        section(**MOE, attention__qk_norm=True, prefix=(GLOBAL,)),
+        PRE
+        | {name.replace(".0.", ".1."): shape for name, shape in PRE.items() if ".mlp." not in name}
+        | {f"model.layers.{layer}.self_attn.{name}_norm.weight": (4,) for name in "qk" for layer in (0, 1)}
+        | {"model.layers.1.mlp.gate.weight": (5, 16)}
+        | {
+            f"model.layers.1.mlp.experts.{e}.{name}.weight": shape
+            for e in range(5)
+            for name, shape in (("gate_proj", (12, 16)), ("up_proj", (12, 16)), ("down_proj", (16, 12)))
         },
     ),
     "MambaForCausalLM": (
@@ -392,6 +418,11 @@ def test_shards(tmp_path):
         ("qwen3", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types"),
         ("qwen3", {"layer_types": ["full_attention"]}, "must be 3 times full_attention or sliding_attention"),
         ("qwen3", {"use_sliding_window": False}, "sliding_window"),
+        ("mixtral", {"num_experts_per_tok": 1}, "the weight of a single expert is not made 1"),
+        ("mixtral", {"hidden_act": "gelu"}, "must be 'silu'"),
+        ("qwen3_moe", {"mlp_only_layers": "none"}, "must be a list"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "must be at least 1"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "tensor = 'model.layers.0.mlp.gate_proj.weight': is missing"),
         ("mamba", {"use_bias": True}, "config.json: use_bias = True: cannot be expressed: must be False"),
         ("mamba", {"hidden_act": "gelu"}, "must be 'silu'"),
         ("mamba2", {"layer_norm_epsilon": 1e-6}, "the norm after the gate has 1e-05"),
@@ -457,6 +488,12 @@ def test_files_that_cannot_be_imported(tmp_path):
         ({"blocks": (LOCAL, GLOBAL)}, "config.model.attention.window = '(varies)'"),
         ({"blocks": (("attention", "mlp", {"qk_norm": True}), GLOBAL)}, "not the same in all layers"),
         ({**MAMBA2, "norm_eps": 1e-6}, "one for all norms"),
+        ({**MOE, "moe__router": "sigmoid"}, "config.model.moe.router = 'sigmoid': cannot be exported"),
+        ({**MOE, "moe__shared": 1}, "config.model.moe.shared = 1"),
+        ({**MOE, "moe__normalise": False}, "MixtralForCausalLM has True"),
+        ({**MOE, "moe__top_k": 1}, "makes the weight of a single expert 1"),
+        ({**MOE, "moe__top_k": 1, "attention__qk_norm": True}, "set normalise = False"),
+        ({**MOE, "prefix": (GLOBAL,)}, "the channel mixer of every layer of MixtralForCausalLM is moe"),
     ],
 )
 def test_what_cannot_be_exported_is_said_in_one_line_and_nothing_is_written(changes, says, tmp_path):

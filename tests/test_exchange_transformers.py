@@ -31,6 +31,8 @@ SIZES = {
 GPT2_SIZES = {"vocab_size": 23, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, **NO_IDS}
 MAMBA_SIZES = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, **NO_IDS}
 MAMBA2_SIZES = {**MAMBA_SIZES, "num_heads": 8, "head_dim": 4, "n_groups": 2, "chunk_size": 8}
+MIXTRAL_SIZES = {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12}
+QWEN3_MOE_SIZES = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8}
 # use_cache: its decoding state wants widths of at least 64.
 XLSTM_SIZES = {
     "vocab_size": 23, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 16, "use_cache": False,
@@ -55,6 +57,10 @@ THEIRS = {
     "mamba untied": ("MambaConfig", {**MAMBA_SIZES, **UNTIED, "time_step_rank": 3}),
     "mamba2": ("Mamba2Config", {**MAMBA2_SIZES, **TIED}),
     "mamba2 untied": ("Mamba2Config", {**MAMBA2_SIZES, **UNTIED}),
+    "mixtral": ("MixtralConfig", {**SIZES, **MIXTRAL_SIZES}),
+    "mixtral tied": ("MixtralConfig", {**SIZES, **MIXTRAL_SIZES, **TIED, "head_dim": 6, "sliding_window": 5}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**SIZES, **QWEN3_MOE_SIZES, "mlp_only_layers": [1], "norm_topk_prob": True}),
+    "qwen3_moe by step": ("Qwen3MoeConfig", {**SIZES, **QWEN3_MOE_SIZES, **TIED, "decoder_sparse_step": 2}),
     "xlstm": ("xLSTMConfig", XLSTM_SIZES),
 }
 
@@ -150,7 +156,7 @@ def test_a_bfloat16_checkpoint_is_read_exactly(tmp_path):
     close(our_logits(config, params), their_logits(model.float()))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3 windows", "mamba2"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3 windows", "mamba2", "qwen3_moe"])
 def test_generated_tokens_are_the_same(name, tmp_path):
     """Greedy, through their cache and our states."""
     model = theirs(*THEIRS[name])

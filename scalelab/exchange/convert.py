@@ -15,7 +15,7 @@ import numpy as np
 from scalelab import models
 from scalelab.config import base, override
 from scalelab.errors import BadInput
-from scalelab.exchange import decoders, recurrent
+from scalelab.exchange import decoders, experts, recurrent
 from scalelab.exchange.files import Entry, Weights, read_json, write_folder
 from scalelab.exchange.layout import Layout, Ours, Piece, Theirs, flat, nested, present
 from scalelab.models.block import Block
@@ -29,7 +29,7 @@ LAYOUTS = {
     layout.model_type: layout
     for layout in (
         decoders.GPT2, decoders.LLAMA, decoders.MISTRAL, decoders.QWEN2, decoders.QWEN3, decoders.OLMO2,
-        recurrent.MAMBA, recurrent.MAMBA2, recurrent.XLSTM,
+        experts.MIXTRAL, experts.QWEN3_MOE, recurrent.MAMBA, recurrent.MAMBA2, recurrent.XLSTM,
     )
 }  # fmt: skip
 OF_MIXER = {"mamba": recurrent.MAMBA, "mamba2": recurrent.MAMBA2, "mlstm": recurrent.XLSTM}
@@ -65,7 +65,7 @@ def read_config(document: Mapping[str, Any]) -> Config:
     for name, value in layout.theirs.items():
         if theirs.document.get(name, value) != value:
             raise theirs.refuse(name, f"cannot be expressed: must be {value!r}")
-    changes = {"compute_dtype": "float32", "blocks": ((layout.mixer, layout.channel),), **layout.built_in}
+    changes = {"compute_dtype": "float32", "blocks": ((layout.mixer, next(iter(layout.channels))),), **layout.built_in}
     model = base().model
     for ours, name in layout.same.items():
         default = flat(model.to_dict())[ours]
@@ -165,6 +165,8 @@ def choose(ours: Ours) -> Layout:
         raise BadInput("config.model.blocks", "+".join(mixers), "cannot be exported: no class of transformers has it")
     if mixers[0] in OF_MIXER:
         return OF_MIXER[mixers[0]]
+    if any(block.channel == "moe" for block in ours.spec.blocks):
+        return experts.QWEN3_MOE if ours["attention.qk_norm"] else experts.MIXTRAL
     if ours["norm"] != "rmsnorm":
         return decoders.GPT2
     if ours["placement"] == "out":
@@ -180,12 +182,12 @@ def choose(ours: Ours) -> Layout:
 def write_config(layout: Layout, ours: Ours) -> dict[str, Any]:
     """Model section -> config.json."""
     channels = {block.channel for block in ours.spec.blocks}
-    if channels != {layout.channel}:
-        shown, wanted = "+".join(sorted(channels)), layout.channel
+    if not channels <= layout.channels.keys():
+        shown, wanted = "+".join(sorted(channels)), " or ".join(layout.channels)
         remedy = f"cannot be exported: the channel mixer of every layer of {layout.architecture} is {wanted}"
         raise BadInput("config.model.blocks", shown, remedy)
     for name, value in layout.built_in.items():
-        if ours[name] != value:
+        if name in ours and ours[name] != value:
             raise ours.refuse(name, f"cannot be exported: {layout.architecture} has {value!r}")
     document = {theirs: ours[name] for name, theirs in layout.same.items()}
     if not layout.can_tie:

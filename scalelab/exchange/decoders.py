@@ -20,6 +20,7 @@ SAME = {
     "attention.heads": "num_attention_heads",
     "mlp.hidden": "intermediate_size",
 }
+SAME_BUT_MLP = {ours: theirs for ours, theirs in SAME.items() if ours != "mlp.hidden"}
 
 
 def rope_theta(theirs: Theirs) -> float:
@@ -41,36 +42,44 @@ def rope_theta(theirs: Theirs) -> float:
     return float(theta)
 
 
-def read(theirs: Theirs) -> dict[str, Any]:
-    """Heads, activation and rotation."""
+def read_attention(theirs: Theirs) -> dict[str, Any]:
+    """Heads and rotation."""
     heads, width = theirs.whole("num_attention_heads"), theirs.whole("hidden_size")
-    if theirs["hidden_act"] not in GATED:
-        raise theirs.refuse("hidden_act", f"cannot be expressed; known: {', '.join(GATED)}")
     if "head_dim" not in theirs.defaults and theirs.document.get("head_dim") is None and (not heads or width % heads):
         raise theirs.refuse("num_attention_heads", f"must divide hidden_size = {width}")
     return {
         "attention.kv_heads": theirs.document.get("num_key_value_heads") or heads,
         "attention.head_dim": theirs.document.get("head_dim") or theirs.defaults.get("head_dim") or width // heads,
         "attention.rope_theta": rope_theta(theirs),
-        "mlp.kind": GATED[theirs["hidden_act"]],
+    }
+
+
+def read(theirs: Theirs) -> dict[str, Any]:
+    """Heads, rotation and activation."""
+    if theirs["hidden_act"] not in GATED:
+        raise theirs.refuse("hidden_act", f"cannot be expressed; known: {', '.join(GATED)}")
+    return {**read_attention(theirs), "mlp.kind": GATED[theirs["hidden_act"]]}
+
+
+def write_attention(ours: Ours) -> dict[str, Any]:
+    """The inverse of `read_attention`, for transformers of before and after version 5."""
+    theta = ours["attention.rope_theta"]
+    if not theta:
+        raise ours.refuse("attention.rope_theta", "cannot be exported: attention without rotation has no class")
+    return {
+        "num_key_value_heads": ours["attention.kv_heads"],
+        "head_dim": ours["attention.head_dim"],
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
     }
 
 
 def write(ours: Ours) -> dict[str, Any]:
-    """The inverse of `read`, for transformers of before and after version 5."""
-    theta = ours["attention.rope_theta"]
-    if not theta:
-        raise ours.refuse("attention.rope_theta", "cannot be exported: attention without rotation has no class")
+    """The inverse of `read`."""
     acts = {kind: act for act, kind in reversed(GATED.items())}
     if ours["mlp.kind"] not in acts:
         raise ours.refuse("mlp.kind", "cannot be exported with rotary attention: must be swiglu or geglu")
-    return {
-        "num_key_value_heads": ours["attention.kv_heads"],
-        "head_dim": ours["attention.head_dim"],
-        "hidden_act": acts[ours["mlp.kind"]],
-        "rope_theta": theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-    }
+    return {**write_attention(ours), "hidden_act": acts[ours["mlp.kind"]]}
 
 
 # ------------------------------------------------------------------------------------------------ windows
@@ -165,7 +174,8 @@ def llama_like(model_type: str, architecture: str, **changes: Any) -> Layout:
         "logit_cap": 0.0,
         "attention.qk_norm_full": False,
     }
-    same = {**SAME, **changes.pop("same", {})}
+    common = {"block": ATTENTION + PRE_NORMS, "channels": {"mlp": MLP}, "theirs": {}, "read": read, "write": write}
+    same = {**(SAME if "channels" not in changes else SAME_BUT_MLP), **changes.pop("same", {})}
     built_in = {**PLAIN, **built_in, **changes.pop("built_in", {})}
     defaults = {
         "hidden_act": "silu",
@@ -175,10 +185,10 @@ def llama_like(model_type: str, architecture: str, **changes: Any) -> Layout:
     }
     return Layout(
         model_type=model_type, architecture=architecture, base="model.", layer="model.layers.{}.",
-        mixer="attention", channel="mlp", outer=OUTER, same=same, defaults=defaults,
+        mixer="attention", outer=OUTER, same=same, defaults=defaults,
         built_in={name: value for name, value in built_in.items() if name not in same},
         ignored=r".*rotary_emb\.inv_freq",
-        **{"block": ATTENTION + MLP + PRE_NORMS, "theirs": {}, "read": read, "write": write, **changes},
+        **{**common, **changes},
     )  # fmt: skip
 
 
@@ -221,7 +231,7 @@ QWEN2 = llama_like(
 QWEN3 = llama_like(
     "qwen3",
     "Qwen3ForCausalLM",
-    block=ATTENTION + QK_NORM + MLP + PRE_NORMS,
+    block=ATTENTION + QK_NORM + PRE_NORMS,
     same={"attention.bias": "attention_bias"},
     built_in={"attention.qk_norm": True},
     defaults={**WINDOWS, "attention_bias": False, "head_dim": 128, "rms_norm_eps": 1e-6},
@@ -232,7 +242,7 @@ QWEN3 = llama_like(
 OLMO2 = llama_like(
     "olmo2",
     "Olmo2ForCausalLM",
-    block=ATTENTION + QK_NORM + MLP + OUT_NORMS,
+    block=ATTENTION + QK_NORM + OUT_NORMS,
     same={"attention.bias": "attention_bias"},
     built_in={
         "placement": "out", "attention.qk_norm": True, "attention.qk_norm_full": True, "attention.window": 0,
@@ -283,7 +293,7 @@ GPT2 = Layout(
     base="transformer.",
     layer="transformer.h.{}.",
     mixer="attention",
-    channel="mlp",
+    channels={"mlp": (*_gpt2_columns("mlp.c_fc", "channel.up"), *_gpt2_columns("mlp.c_proj", "channel.down"))},
     outer=(
         table("transformer.wte.weight", "embed"),
         table("transformer.wpe.weight", "positions"),
@@ -295,8 +305,6 @@ GPT2 = Layout(
         *_gpt2_columns("attn.c_attn", "mixer.q", "mixer.k", "mixer.v"),
         *_gpt2_columns("attn.c_proj", "mixer.out"),
         *_gpt2_norm("ln_2", "channel_norms.norm"),
-        *_gpt2_columns("mlp.c_fc", "channel.up"),
-        *_gpt2_columns("mlp.c_proj", "channel.down"),
     ),
     same={
         "vocab_size": "vocab_size", "width": "n_embd", "layers": "n_layer", "positions": "n_positions",

@@ -156,6 +156,9 @@ class Ours:
             raise self.refuse(name, "is not the same in all layers, which cannot be exported", "(varies)")
         return value
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
+
     def refuse(self, name: str, remedy: str, value: Any = None) -> BadInput:
         return BadInput(f"config.model.{name}", self.fields.get(name) if value is None else value, remedy)
 
@@ -172,9 +175,9 @@ class Layout:
     base: str  # what the names of all tensors but the head's begin with
     layer: str  # what those of layer {} begin with
     mixer: str
-    channel: str
+    channels: Mapping[str, tuple[Piece, ...]]  # the channel mixers that its layers may have, and their tensors
     outer: tuple[Piece, ...]
-    block: tuple[Piece, ...]
+    block: tuple[Piece, ...]  # the other tensors of a layer
     same: Mapping[str, str]  # our field -> theirs, of the same value
     built_in: Mapping[str, Any]  # our fields that a model of the class has at this value
     theirs: Mapping[str, Any]  # their fields that must have this value
@@ -186,7 +189,9 @@ class Layout:
     can_tie: bool = True  # or else the head is written out
 
     def pieces(self, spec: Spec, block: BlockSpec, layer: int) -> list[Piece]:
-        return present(self.block, flat(Block.tensors(spec, block)), self.layer.format(layer))
+        return present(
+            self.block + self.channels[block.channel], flat(Block.tensors(spec, block)), self.layer.format(layer)
+        )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,7 +41,7 @@ MAMBA = Layout(
     base="backbone.",
     layer="backbone.layers.{}.",
     mixer="mamba",
-    channel="none",
+    channels={"none": ()},
     outer=MAMBA_OUTER,
     block=(
         vector("norm.weight", "mixer_norms.norm.scale"),
@@ -96,7 +96,7 @@ MAMBA2 = Layout(
     base="backbone.",
     layer="backbone.layers.{}.",
     mixer="mamba2",
-    channel="none",
+    channels={"none": ()},
     outer=MAMBA_OUTER,
     block=(
         vector("norm.weight", "mixer_norms.norm.scale"),
@@ -163,7 +163,14 @@ XLSTM = Layout(
     base="backbone.",
     layer="backbone.blocks.{}.",
     mixer="mlstm",
-    channel="mlp",
+    channels={
+        "mlp": (
+            vector("norm_ffn.weight", "channel_norms.norm.scale"),
+            matrix("ffn.proj_up_gate.weight", "channel.gate"),
+            matrix("ffn.proj_up.weight", "channel.up"),
+            matrix("ffn.proj_down.weight", "channel.down"),
+        )
+    },
     outer=(
         table("backbone.embeddings.weight", "embed"),
         vector("backbone.out_norm.weight", "final_norm.scale"),
@@ -176,10 +183,6 @@ XLSTM = Layout(
         *(vector(f"mlstm_layer.{name}gate_preact.bias", f"mixer.{name}_bias") for name in "if"),
         vector("mlstm_layer.multihead_norm.weight", "mixer.norm"),
         matrix("mlstm_layer.out_proj.weight", "mixer.out"),
-        vector("norm_ffn.weight", "channel_norms.norm.scale"),
-        matrix("ffn.proj_up_gate.weight", "channel.gate"),
-        matrix("ffn.proj_up.weight", "channel.up"),
-        matrix("ffn.proj_down.weight", "channel.down"),
     ),
     same={
         "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "norm_eps": "norm_eps",
