@@ -150,7 +150,7 @@ class Comparison:
             stored = document[name]
             frames.append(pd.DataFrame({c: v if c in LABELS else np.array(v, dtype=float) for c, v in stored.items()}))
         frames[0]["inside"] = frames[0]["inside"].astype(bool)
-        notices = [Notice(**n) for n in document["warnings"]]
+        notices = [Notice.restore(n) for n in document["warnings"]]
         return cls(frames[0], frames[1], frames[2].set_index("arm"), notices, document["record"])
 
 

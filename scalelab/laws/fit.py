@@ -369,7 +369,7 @@ class Fit(Result):
 
     def document(self) -> dict[str, Any]:
         self.warnings  # noqa: B018  a file says everything that there is to say
-        law = {"law": self.law.name, "arguments": dict(self.law.arguments)}
+        law = {"law": self.law.name, "arguments": jsonable(self.law.arguments)}
         return super().document() | law | {"rows": jsonable(self.rows.document())}
 
 
