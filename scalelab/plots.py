@@ -6,6 +6,9 @@ are Okabe and Ito's, which the colour-blind can tell apart; quantities are shade
 
 from __future__ import annotations
 
+import io
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullLocator
+
+from scalelab.paths import save as save_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +40,14 @@ def new_axes(ax: Axes | None = None, size: tuple[float, float] = (5.8, 4.0)) -> 
     ax.grid(True, color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
     return ax
+
+
+def save(ax: Axes, path: str | os.PathLike[str], field: str = "path") -> pathlib.Path:
+    """The figure that an axes is in, as the file's suffix says (.png, .svg, .pdf), whole or not at all."""
+    figure: Any = ax.figure
+    out = io.BytesIO()
+    figure.savefig(out, format=pathlib.Path(path).suffix.removeprefix("."), dpi=200)
+    return save_file(path, out.getvalue(), field)
 
 
 def human(value: float) -> str:

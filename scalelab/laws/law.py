@@ -127,6 +127,11 @@ class Law:
     # ---------------------------------------------------------------------------------------- allocation
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """Roles of the columns that a table must have, beside the target."""
+        return (*self.inputs, *self.measured)
+
+    @property
     def allocates(self) -> bool:
         """Whether there is a compute-optimal choice of parameters and tokens."""
         return {self.paid, "tokens"} <= set(self.inputs)

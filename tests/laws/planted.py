@@ -84,7 +84,7 @@ GIVEN = {"m4": {"E": 0.1, "L0": 0.9, "alpha": 1.5, "B": 50.0, "c": 0.3}, "specul
 
 
 def case(form, rows=6):
-    """Constants of any law, a vector for each row (published ones, else the middle of the search, each a little off), and
+    """Constants of any law, a vector per row (published ones, else the middle of the search, each a little off), and
     inputs of a sensible size."""
     rng = np.random.default_rng(0)
     specs = list(form.parameters.values())
