@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import inspect
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scalelab import laws_flags as flags
@@ -43,7 +44,7 @@ def fit(args: argparse.Namespace) -> None:
                 _askable(law, others, "--at")
             found = laws.fit(law, table_of(args.path), cluster=flags.cluster(args.cluster), **flags.options(args))
         if args.out:
-            found.save(args.out)  # without what the budgets asked for have to say
+            _saved(found.save, args.out)  # without what the budgets asked for have to say
         best = allocated(found, args.at, cost, others) if args.at else None
         print(found.summary())
         if best is not None:
@@ -61,7 +62,7 @@ def compare(args: argparse.Namespace) -> None:
         flags.suffix("--out", out, (*flags.PICTURES, ".json"))
     budgets = flags.budgets(args.at)
     pair = None if args.pair is None else args.pair.split(",")
-    with flags.translated(C="--at", arms="NAME=PATH"):
+    with flags.translated(C="--at"):
         arms = _arms(args)
         fits = {name: arm for name, arm in arms.items() if isinstance(arm, laws.Fit)}
         if len(fits) == len(arms):
@@ -80,13 +81,11 @@ def compare(args: argparse.Namespace) -> None:
             others=others, level=args.level, bootstrap=args.bootstrap, seed=args.seed,
             cluster=flags.cluster(args.cluster), **options,
         )  # fmt: skip
-        print(found.summary())
         for out in args.out:
-            if pathlib.Path(out).suffix == ".json":
-                found.save(out)
-            else:
-                plots.save(found.plot.multiplier(), out, "--out")
-            tables.said(f"saved: {out}")
+            _saved(found.save if out.endswith(".json") else functools.partial(plots.save, found.plot.multiplier()), out)
+    print(found.summary())
+    for out in args.out:
+        tables.said(f"saved: {out}")
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -121,9 +120,16 @@ def plan(args: argparse.Namespace) -> None:
         _askable(found.law, others, "--from")
         budget = float(args.flops[0])
         chosen = laws.plan(found, budget, args.target, _measured_by(found, cost), seed=args.seed or 0, **others)
-        print(chosen.summary())
         if args.out is not None:
-            tables.said(f"saved: {chosen.to_config(args.out)}")
+            _saved(chosen.to_config, args.out)
+    print(chosen.summary())
+    if args.out is not None:
+        tables.said(f"saved: {args.out}")
+
+
+def _saved(save: Callable[[str], Any], path: str) -> None:
+    with flags.translated(path="--out"):
+        save(path)
 
 
 # ------------------------------------------------------------------------------------------------ laws and tables
@@ -153,7 +159,7 @@ def law_named(text: str) -> Any:
         return form(*by_place, **by_name)
     except (TypeError, ValueError) as error:
         if isinstance(error, BadInput):
-            raise
+            raise BadInput("--law", text, error.remedy) from None
         takes = ", ".join(str(p).split(":")[0] for p in wanted) or "nothing"
         raise BadInput("--law", text, f"{name} is made of {takes}") from None
 
@@ -220,15 +226,16 @@ def _arm(path: str) -> Any:
     """A table, or the fit that a JSON file holds (a sweep's file is JSON too)."""
     from scalelab import laws
 
+    stored = None
     if pathlib.Path(path).suffix == ".json":
         with contextlib.suppress(OSError, ValueError):
             stored = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            if isinstance(stored, dict) and "kind" in stored:
-                found = laws.load(path)
-                if not isinstance(found, laws.Fit):
-                    raise BadInput("arms", path, f"is no fit of a law but of kind {stored['kind']}")
-                return found
-    return table_of(path)
+    if not (isinstance(stored, dict) and "kind" in stored):
+        return table_of(path)
+    found = laws.load(path)
+    if not isinstance(found, laws.Fit):
+        raise BadInput("arms", path, f"is no fit of a law but of kind {stored['kind']}")
+    return found
 
 
 def split(table: Any, column: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from scalelab.errors import BadInput
 FLAGS = {
     "law": "--law", "objective": "--objective", "delta": "--delta", "method": "--resample", "bootstrap": "--bootstrap",
     "cluster": "--cluster", "run": "--cluster", "stratify": "--stratify", "weights": "--weights", "fixed": "--fix",
-    "tied": "--tie", "fixed or tied": "--fix or --tie", "pair": "--pair", "path": "--out", "optimal": "--with",
+    "tied": "--tie", "fixed or tied": "--fix or --tie", "pair": "--pair", "optimal": "--with",
     "plan": "--with", "columns": "--columns", "level": "--level",
 }  # fmt: skip
 WORDS = (
@@ -110,8 +110,9 @@ def translated(**more: str) -> Iterator[None]:
         yield
     except BadInput as error:
         field, remedy = error.field, error.remedy
-        role = re.fullmatch(r"columns\[(\w+)\]", field)
-        flag = f"--columns {role[1]}" if role else (FLAGS | more).get(field, field)
+        part = re.fullmatch(r"(\w+)\[(\w+)\]", field)
+        flag = (FLAGS | more).get(part[1] if part else field, field)
+        flag = f"{flag} {part[2]}" if part and flag != field else flag
         for pattern, words in WORDS:
             remedy = re.sub(pattern, words, remedy)
         raise BadInput(flag, error.value, remedy) from None
