@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter, NullLocator
 
 from scalelab.paths import save as save_file
 
@@ -32,7 +32,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 
 
-def new_axes(ax: Axes | None = None, size: tuple[float, float] = (5.8, 4.0)) -> Axes:
+SIZE = (4.125, 3.0)  # inches: printed at half a page's width, 3.3, matplotlib's 10 points are 8
+
+
+def new_axes(ax: Axes | None = None, size: tuple[float, float] = SIZE) -> Axes:
     """The axes given, or those of a new figure, in the house style."""
     if ax is None:
         ax = Figure(figsize=size, layout="constrained").add_subplot()
@@ -61,7 +64,8 @@ def human(value: float) -> str:
 def scientific(value: float) -> str:
     """3.2e15 -> 3.2×10^15, for matplotlib."""
     power = int(np.floor(np.log10(value) + 1e-9))
-    return rf"${value / 10**power:.2g}\times10^{{{power}}}$"
+    first = f"{value / 10**power:.2g}"
+    return rf"$10^{{{power}}}$" if first == "1" else rf"${first}\times10^{{{power}}}$"
 
 
 def loss_curves(curves: pd.DataFrame, table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -84,6 +88,7 @@ def loss_curves(curves: pd.DataFrame, table: pd.DataFrame, ax: Axes | None = Non
         ax.plot(run["flops"].iloc[-1], run["loss"].iloc[-1], "o", color=colour, markersize=4)
     ax.set(xscale="log", yscale="log", xlabel="training compute (FLOP)", ylabel="held-out loss (nats per token)")
     _plain_log(ax, "y")
+    _power_log(ax, "x")
     _common_error(table, ax)
     bar = ax.figure.colorbar(shade, ax=ax, pad=0.02)
     bar.set_label("parameters N")
@@ -239,8 +244,7 @@ def allocation(
             a.text(largest, 0.02, " beyond the data", transform=a.get_xaxis_transform(), fontsize="small", color=GREY)
         a.set(xscale="log", yscale="log", xlim=(C[0], C[-1]), xlabel="training compute C (FLOP)", ylabel=what)
         _human_log(a, "y")
-        if C[-1] > 10 * C[0]:  # there is a whole power of ten to label; the ticks between would run into each other
-            a.tick_params(axis="x", which="minor", labelbottom=False)
+        _power_log(a, "x")
     ax[0].legend(
         fontsize="small", loc="upper left", title="bands: 95 % intervals", title_fontsize="small", frameon=False
     )
@@ -275,15 +279,26 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
     ax.plot(span, span, color="black", linewidth=0.8, label="perfect")
     ax.set(xlabel="measured loss (nats per token)", ylabel="predicted loss")
     ax.set_title(
-        f"fitted to {held.fitted} runs, {held.held_out} predicted, {held.distance:.1f} decades of compute further",
+        f"fitted to {held.fitted} runs, {held.held_out} predicted, {held.distance:.1f} decades on",
         fontsize="small",
         color=GREY,
     )
-    ax.legend(fontsize="small", frameon=False)
+    legend_above(ax, 2)
     return ax
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+
+
+def legend_above(ax: Axes, columns: int) -> None:
+    """Between title and axes, in rows of so many: it covers no data."""
+    said = ax.get_title()
+    rows = -(-len(ax.get_legend_handles_labels()[0]) // columns)
+    ax.set_title(said, fontsize="small", color=GREY, pad=4 + 14 * rows)
+    ax.legend(
+        fontsize="small", frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 0.985),
+        borderpad=0.1, columnspacing=1.0, handletextpad=0.3, handlelength=1.3,
+    )  # fmt: skip
 
 
 def _common_error(table: pd.DataFrame, ax: Axes) -> None:
@@ -313,11 +328,26 @@ def _shades(values: Any) -> ScalarMappable:
 
 
 def _human_log(ax: Axes, which: str) -> None:
-    """Log ticks at 1, 2, 5 (at 1 only over many decades), written 200k, 1M."""
+    """Log ticks at 1, 2, 5 (at 1 and 3, or 1 only, where these would run into each other), written 200k, 1M."""
     axis = getattr(ax, f"{which}axis")
     low, high = getattr(ax, f"get_{which}lim")()
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,), numticks=12))
+    few, fewer = (30, 500) if which == "x" else (1000, 1000)  # labels side by side need more room
+    subs = (1.0, 2.0, 5.0) if high / low < few else (1.0, 3.0) if high / low < fewer else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda v, _: human(v)))
+    axis.set_minor_locator(NullLocator())
+
+
+def _power_log(ax: Axes, which: str) -> None:
+    """Log ticks in powers of ten, at 1, 2, 5 or 1, 3 where there are few of them."""
+    axis = getattr(ax, f"{which}axis")
+    low, high = getattr(ax, f"get_{which}lim")()
+    if high / low > 300:
+        axis.set_minor_formatter(NullFormatter())
+        return
+    subs = (1.0, 2.0, 5.0) if high / low < 15 else (1.0, 3.0)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: scientific(v)))
     axis.set_minor_locator(NullLocator())
 
 

@@ -168,18 +168,19 @@ class ComparisonPlot:
         self._of = comparison
 
     def multiplier(self, ax: Any = None) -> Any:
-        """The compute multiplier of each arm against C, with bands; filled points where there is a verdict."""
+        """The compute multiplier of each arm against C, with bands; filled points where there is a verdict. Dotted:
+        the crossing; the thick line is its interval."""
         from scalelab import plots
 
         ax = self._bands(ax, "multiplier", "multiplier_lower", "multiplier_upper", 1.0)
-        ax.set(yscale="log", ylabel=f"compute for the loss of {self._of.reference} (× C)")
+        ax.set(yscale="log", ylabel=f"compute for the loss\nof {self._of.reference} (× C)")
         plots._plain_log(ax, "y")
         return ax
 
     def difference(self, ax: Any = None) -> Any:
-        """The loss difference at equal compute against C, with bands; filled points where there is a verdict."""
+        """The loss difference at equal compute against C, in the same way."""
         ax = self._bands(ax, "difference", "lower", "upper", 0.0)
-        ax.set(ylabel=f"optimal loss minus that of {self._of.reference}")
+        ax.set(ylabel=f"optimal loss minus\nthat of {self._of.reference}")
         return ax
 
     def _bands(self, ax: Any, value: str, lower: str, upper: str, level: float) -> Any:
@@ -199,8 +200,11 @@ class ComparisonPlot:
                 table["flops"][~sure], finite[value][~sure], "o", color=colour, markersize=5, markerfacecolor="white"
             )
             crossing = self._of.crossings.loc[arm]
-            if np.isfinite(crossing.flops) and table["flops"].min() <= crossing.flops <= table["flops"].max():
+            first, last = table["flops"].min(), table["flops"].max()
+            if np.isfinite(crossing.flops) and first <= crossing.flops <= last:
                 ax.axvline(crossing.flops, color=colour, linewidth=0.9, linestyle=":")
+                ends = np.clip([crossing.lower, crossing.upper], first, last)  # NaN without draws
+                ax.plot(ends, [level, level], color=colour, linewidth=3.5, alpha=0.7, solid_capstyle="butt")
         ax.axhline(level, color="black", linewidth=0.8)
         ax.set(xscale="log", xlabel="training compute C (FLOP)")
         left, right = ax.get_xlim()
@@ -209,7 +213,8 @@ class ComparisonPlot:
         if high < right:
             ax.axvspan(high, right, color="#999999", alpha=0.12, linewidth=0)
         ax.set_xlim(left, right)
-        title = f"bands: {100 * self._of.record['level']:g} % intervals; hollow: no verdict; grey: outside the data"
+        title = f"bands: {100 * self._of.record['level']:g} % intervals\nhollow: no verdict; grey: outside the data"
         ax.set_title(title, fontsize="small", color=plots.GREY)
+        plots._power_log(ax, "x")
         ax.legend(fontsize="small", frameon=False)
         return ax
