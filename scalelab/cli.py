@@ -254,22 +254,16 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from scalelab import laws, laws_command, records, report
+    from scalelab import laws_command, records, report, report_fits, report_terminal
 
     table = laws_command.table_of(args.path)
     kept = table[table["status"] == "done"]
-    fits = {"chinchilla": laws.fit("chinchilla", table, bootstrap=args.bootstrap)}
-    isoflop = laws.isoflop(kept, bootstrap=args.bootstrap)
-    report.terminal(kept, fits, isoflop)
+    found = report_fits.fitted(table, args.bootstrap)
+    report_terminal.terminal(found.fits, found.isoflop, comparison=found.comparison)
     path = report.write(
-        args.out,
-        kept,
-        records.curves(args.path),
-        fits,
-        isoflop,
-        title=args.title,
-        command="scalelab " + shlex.join(args.argv),
-    )
+        args.out, kept, records.curves(args.path), found.fits, found.isoflop, comparison=found.comparison,
+        title=args.title, command="scalelab " + shlex.join(args.argv), notes=found.notes,
+    )  # fmt: skip
     print(f"report: {path}")
     return DONE
 

@@ -201,11 +201,16 @@ def _special(args: argparse.Namespace, others: Mapping[str, float]) -> Any:
 
 def _arms(args: argparse.Namespace) -> dict[str, Any]:
     """Name -> table or fit, the reference first."""
+    from scalelab import report_fits
+
     arms: dict[str, Any] = {}
     if args.by is not None:
         if len(args.arms) > 1:
             raise BadInput("--by", args.by, f"splits one table; {len(args.arms)} are named")
-        arms = split(table_of(args.arms[0]), args.by)
+        table = table_of(args.arms[0])
+        if args.by not in table:
+            raise BadInput("--by", args.by, f"no such column; the table has {', '.join(map(str, table.columns))}")
+        arms = dict(report_fits.split(table, args.by))
     for item in args.arms if args.by is None else ():
         name, equals, path = item.partition("=")
         if not (name and equals and path):
@@ -236,14 +241,6 @@ def _arm(path: str) -> Any:
     if not isinstance(found, laws.Fit):
         raise BadInput("arms", path, f"is no fit of a law but of kind {stored['kind']}")
     return found
-
-
-def split(table: Any, column: str) -> dict[str, Any]:
-    """A table by the values of one of its columns: transformer first, if it is one of them, then by name."""
-    if column not in table:
-        raise BadInput("--by", column, f"no such column; the table has {', '.join(map(str, table.columns))}")
-    values = sorted({str(v) for v in table[column].dropna()}, key=lambda v: (v != "transformer", v))
-    return {value: table[table[column].astype(str) == value] for value in values}
 
 
 # ------------------------------------------------------------------------------------------------ the optimum
@@ -285,29 +282,20 @@ def _known_inputs(law: Any, others: Mapping[str, float]) -> None:
 
 def _measured_by(found: Any, cost: float | None) -> Any:
     """The cost given, or FLOPs per token from the fit's own rows where all have FLOPs, or 6 N D."""
-    return _measured(found.rows.columns, found.law.paid) if cost is None else cost
+    from scalelab.laws import allocate
+
+    return allocate.measured(found.rows.columns, found.law.paid) if cost is None else cost
 
 
 def _measured_in(table: Any, columns: Mapping[str, str], paid: str, cost: float | None) -> Any:
     """The same from a table that is not fitted yet."""
+    from scalelab.laws import allocate
+
     if cost is not None:
         return cost
     done = table[table["status"] == "done"] if "status" in table else table
     named = {role: columns.get(role, role) for role in (paid, "tokens", "flops")}
-    return _measured({role: done[name] for role, name in named.items() if name in done}, paid)
-
-
-def _measured(columns: Mapping[str, Any], paid: str) -> Any:
-    import numpy as np
-    import pandas as pd
-
-    from scalelab import laws
-
-    known = [pd.to_numeric(columns[r], errors="coerce") for r in (paid, "tokens", "flops") if r in columns]
-    known = [np.asarray(v, dtype=float) for v in known]
-    if len(known) < 3 or not len(known[0]) or not all((np.isfinite(v) & (v > 0)).all() for v in known):
-        return 6.0
-    return laws.flops_per_token(*known)
+    return allocate.measured({role: done[name] for role, name in named.items() if name in done}, paid)
 
 
 def cost_said(found: Any, cost: float | None) -> str:

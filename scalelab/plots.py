@@ -199,7 +199,8 @@ def allocation(
 ) -> Sequence[Axes]:
     """N* and D* against C from `flops[0]` to `flops[-1]`, each fit a line with its 95 % band; IsoFLOP minima as points.
 
-    Draws into two axes. Beyond the largest budget measured the background is shaded: extrapolation.
+    Draws into two axes. `flops_per_param_token`: one for all fits, or name -> its own. Beyond the largest budget
+    measured the background is shaded: extrapolation.
     """
     if ax is None:
         ax = list(Figure(figsize=(9.0, 3.9), layout="constrained").subplots(1, 2))
@@ -210,7 +211,12 @@ def allocation(
     for i, (name, fit) in enumerate(fits.items()):
         colour = COLOURS[i % len(COLOURS)]
         parabolas = hasattr(fit, "vertices")
-        best: Any = fit.optimal(C) if parabolas else fit.optima(C, flops_per_param_token)  # type: ignore[union-attr]
+        cost = (
+            flops_per_param_token.get(name, 6.0)
+            if isinstance(flops_per_param_token, Mapping)
+            else flops_per_param_token
+        )
+        best: Any = fit.optimal(C) if parabolas else fit.optima(C, cost)  # type: ignore[union-attr]
         for a, column in zip(ax, ("params", "tokens"), strict=True):
             if best[column].notna().any():
                 a.plot(C, best[column], color=colour, linewidth=1.8, linestyle="--" if parabolas else "-", label=name)

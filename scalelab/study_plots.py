@@ -66,7 +66,9 @@ def sensitivity(fit: Fit, C: float | None = None, ax: Axes | None = None) -> Axe
     kinds = list(dict.fromkeys(table["N"])) if "N" in table else [""]
     for j, kind in enumerate(kinds):
         for i, k in enumerate(drops):
-            mine = (table["dropped"] == k).to_numpy() & ((table["N"] == kind).to_numpy() if "N" in table else True)
+            mine = (table["dropped"] == k).to_numpy()
+            if "N" in table:
+                mine &= (table["N"] == kind).to_numpy()
             shift = 0.5 * (i - (len(drops) - 1) / 2) / len(drops)
             said = ("drop 0" if k == 0 else str(k)) if j == 0 else None
             face = COLOURS[i] if j == 0 else "white"
@@ -105,7 +107,9 @@ def trim_drift(fit: Fit, ax: Axes | None = None) -> Axes:
     if not np.isfinite(half).any():
         half, what = 1.96 * fit.standard_errors, "95 % interval (standard errors)"
     ax.axhspan(-1, 1, color=GREY, alpha=SHADE, linewidth=0)
-    free = [n for n in fit.names if n not in fit.options.fixed and n not in fit.options.tied and half[n] > 0]
+    widths: Any = half
+    held = {**fit.options.fixed, **fit.options.tied}
+    free = [n for n in fit.names if n not in held and widths[n] > 0]
     for i, name in enumerate(free):
         drift = (table[name] - table[name].iloc[0]) / half[name]
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
@@ -134,7 +138,7 @@ def expanding(fit: Fit, ax: Axes | None = None) -> Axes:
     lowest = 0.3 * float(found.by_distance[methods].to_numpy().min())
     ax.set(yscale="log", xlabel=f"decades of {found.called} beyond the fit", ylabel="relative error")
     ax.set_ylim(max(lowest, 1e-6), min(ax.get_ylim()[1], 10.0))
-    ax.set_xlim(0, 1.03 * max(ends.max(), float(found.table["decades"].max())))
+    ax.set_xlim(0, 1.03 * max(ends.max(), float(found.table["decades"].to_numpy().max())))
     _percent(ax)
     _title(ax, f"{len(found.errors)} cuts, {len(found.table)} predictions; lines: means per half decade")
     legend_above(ax, 3)
@@ -222,16 +226,16 @@ def prediction(fit: Fit, table: Table | None = None, x: str | None = None, ax: A
 
     ax = new_axes(ax)
     given = table is not None
-    table, role, said = _given(fit, table, x) if given else _along(fit, x)
+    inputs, role, said = _given(fit, table, x) if given else _along(fit, x)
     try:
-        frame = Prediction(copy.copy(fit), table).summary_frame()  # a copy: a figure adds no warnings
+        frame: Any = Prediction(copy.copy(fit), inputs).summary_frame()  # a copy: a figure adds no warnings
     except BadInput as error:
         if given:
             raise
         raise BadInput(
             "table", None, f"name inputs to draw {fit.law.name} along ({error.field} {error.remedy})"
         ) from None
-    along = np.asarray(table[role], float)
+    along = np.asarray(inputs[role], float)
     order = np.argsort(along)
     at, rows = along[order], frame.iloc[order]
     target = fit.law.target
@@ -333,7 +337,7 @@ def beside_isoflop(fit: Fit, ax: Axes | None = None) -> Axes:
     ax.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel="optimal parameters N*")
     _human_log(ax, "y")
     _power_log(ax, "x")
-    _title(ax, f"intervals: 95 %; they overlap at {int(table['overlap'].sum())} of {len(table)} budgets")
+    _title(ax, f"intervals: 95 %; they overlap at {table['overlap'].to_numpy().sum()} of {len(table)} budgets")
     ax.legend(fontsize="small", frameon=False)
     return ax
 

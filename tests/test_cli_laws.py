@@ -13,6 +13,7 @@ from planted import TRUTH, constants_of, curves, rows_of, sweep
 
 from scalelab import laws
 from tests.helpers import ask
+from tests.test_records import make
 
 BETTER = {**TRUTH, "A": 250.0}
 
@@ -263,3 +264,22 @@ def test_plan_from_a_fit(folder, tmp_path):
     config = (tmp_path / "next.py").read_text(encoding="utf-8")
     assert "RUNS = [" in config
     assert repr(laws.plan(fit, 1e20, 1e21, cost, seed=2).runs()[0]["params"]) in config
+
+
+def test_runs_of_two_families_are_compared(tmp_path):
+    """From run folders, as training leaves them: compare --by family, and the report's own section."""
+    for family, truth in (("transformer", TRUTH), ("mamba", BETTER)):
+        table = sweep(noise=0.003, truth=truth)
+        for i, run in enumerate(table.to_dict("records")):
+            known = {k: run[k] for k in ("params", "params_non_embedding", "tokens", "flops", "loss", "loss_se")}
+            whole = {k: round(v) for k, v in known.items() if k.startswith("params") or k == "tokens"}
+            make(tmp_path / "runs", f"{family}{i:04d}", family=family, **(known | whole))
+    compared, told = good(
+        tmp_path,
+        "compare runs --by=family --bootstrap=40 --out=m.svg",
+        "report runs --bootstrap=40 --out=r.html",
+    )
+    assert compared.startswith("mamba against transformer")
+    assert (tmp_path / "m.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert "Against transformer, at each family's optimum" in told
+    assert "<h2>Families compared</h2>" in (tmp_path / "r.html").read_text(encoding="utf-8")

@@ -101,10 +101,11 @@ class Comparison:
                     f"{_interval(at('lower'), at('upper'), '+.4f'):>21} {at('probability'):10.3f}  {row['verdict']}"
                     f"{'' if row['inside'] else ' (outside the data)'}"
                 )
-            lines.append(self._crossing_line(arm))
+            lines.append(self.crossing_line(arm))
         return "\n".join([*lines, "", *(map(str, self.warnings) if self._notices else ["no warnings"])])
 
-    def _crossing_line(self, arm: str) -> str:
+    def crossing_line(self, arm: str) -> str:
+        """Where an arm crosses the reference, in words."""
         row = self.crossings.loc[arm]
         chance = "" if np.isnan(row.probability_inside) else f"; P(within the data) = {row.probability_inside:.3f}"
         if np.isnan(row.flops):
