@@ -18,7 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogFormatterSciNotation,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from scalelab.paths import save as save_file
 
@@ -133,7 +141,9 @@ def isoflop(table: pd.DataFrame, fit: IsoflopFit, ax: Axes | None = None) -> Axe
     ax.set(xscale="log", xlabel="parameters N", ylabel="held-out loss (nats per token)")
     _human_log(ax, "x")
     _common_error(runs, ax)
-    ax.legend(title="★ minimum, 95 % interval", fontsize="small", title_fontsize="small", frameon=False)
+    said = "★ minimum, 95 % interval"
+    ax.set_title(f"{ax.get_title()}\n{said}" if ax.get_title() else said, fontsize="small", color=GREY)
+    legend_above(ax, 2 if vertices["used"].sum() < len(vertices) else 3)
     return ax
 
 
@@ -365,6 +375,7 @@ def _plain_log(ax: Axes, which: str) -> None:
         axis.set_major_formatter(LogFormatterSciNotation())
         return
     subs = (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=15))
+    near = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)  # over a factor of two a log axis is nearly an even one
+    axis.set_major_locator(LogLocator(subs=subs, numticks=15) if high / low > 2.2 else FixedLocator(near[near > 0]))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_locator(NullLocator())

@@ -208,9 +208,12 @@ def _families(comparison: Comparison | None) -> list[str]:
         "interval of the loss difference excludes 0.</p>"
     )
     crossings = "".join(f"<p>{_text(arm)}: {_text(comparison.crossing_line(arm))}.</p>" for arm in comparison.arms)
-    figure = _figure(comparison.plot.multiplier().figure, "Compute that gives the loss of the reference, as a share.")
+    figures = [
+        _figure(comparison.plot.multiplier().figure, "Compute that gives the loss of the reference, as a share."),
+        _figure(comparison.plot.difference().figure, "The difference in loss at equal compute."),
+    ]
     return [
-        "<h2>Families compared</h2>", told, '<div class="pair">', figure, "</div>",
+        "<h2>Families compared</h2>", told, '<div class="pair">', *figures, "</div>",
         _html_table(COMPARED, compared(comparison)), crossings,
     ]  # fmt: skip
 

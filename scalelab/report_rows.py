@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FURTHER = 10.0  # the report looks this far beyond the largest budget
 ALLOCATED = ("C (FLOP)", "N*", "D* (tokens)", "D*/N*", "loss")
 MINIMA = ("C (FLOP)", "runs", "N*", "D* (tokens)", "loss", "")
-COMPARED = ("", "C (FLOP)", "compute for the same loss", "loss difference", "P(better)", "verdict")
+COMPARED = ("", "C (FLOP)", "compute for its loss", "loss difference", "P(better)", "verdict")
 
 
 def cost_of(fit: Fit) -> Any:
@@ -86,7 +86,7 @@ def compared(comparison: Comparison) -> list[tuple[str, ...]]:
                     form = "+.4f" if k else ".3g"
                     cells[k] += f" [{at[ends[0]]:{form}}, {at[ends[1]]:{form}}]"
             chance = at.get("probability", np.nan)
-            where = "" if row["inside"] else " (outside the data)"
+            where = "" if row["inside"] else " (outside data)"
             rows.append(
                 (arm, sci(row["flops"]), *cells, "—" if np.isnan(chance) else f"{chance:.3f}", row["verdict"] + where)
             )

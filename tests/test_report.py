@@ -164,7 +164,9 @@ def test_families_are_fitted_apart_and_compared(families, tmp_path):
     row = expected.table().iloc[0]
     interval = f"{row.multiplier:.3g} × [{row.multiplier_lower:.3g}, {row.multiplier_upper:.3g}]"
     assert f"<td>{interval}</td>" in page
-    assert page.count("<figure>") == 1 + 1 + 2 * 4  # multiplier, allocation; parabolas, surface, residuals, hold-out
+    assert (
+        page.count("<figure>") == 3 + 2 * 4
+    )  # multiplier, difference, allocation; parabolas, surface, residuals, hold-out
     assert "xlstm is left out" in page
     assert "(comparison)" in page  # its findings are among the others
     text = re.sub("<.*?>", "", page)
