@@ -68,7 +68,7 @@ def sensitivity(fit: Fit, C: float | None = None, ax: Axes | None = None) -> Axe
         for i, k in enumerate(drops):
             mine = (table["dropped"] == k).to_numpy()
             if "N" in table:
-                mine &= (table["N"] == kind).to_numpy()
+                mine = mine & (table["N"] == kind).to_numpy()
             shift = 0.5 * (i - (len(drops) - 1) / 2) / len(drops)
             said = ("drop 0" if k == 0 else str(k)) if j == 0 else None
             face = COLOURS[i] if j == 0 else "white"
