@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from scalelab import flops
-from scalelab.config import base, override, parse_arg
+from scalelab.config import base, flatten, override, parse_arg
 from scalelab.errors import BadInput
 from scalelab.schema import Config
 
@@ -181,6 +181,13 @@ def shape(family: str, width: int, **options: Any) -> Shape:
     if family not in FAMILIES:
         raise BadInput("family", family, f"must be one of {', '.join(FAMILIES)}")
     return {**FAMILIES[family](width, **options), "optim.lr": learning_rate(width)}
+
+
+def defaults(families: Iterable[str]) -> Shape:
+    """Every field that one of the families' shapes sets, at its default: beneath each of them in a sweep over several,
+    whose common config is that of one."""
+    fields = flatten(base().to_dict())
+    return {name: fields[name] for family in families for name in shape(family, WIDTHS[-1])}
 
 
 @functools.cache
