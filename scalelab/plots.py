@@ -1,11 +1,12 @@
 """Figures for notebooks and the report. Each function draws into `ax` (or a new figure) and returns it.
 
-Stands on matplotlib alone, without pyplot: no global state, no window, no figure that outlives its variable. Colours
-are Okabe and Ito's, which the colour-blind can tell apart; quantities are shades of viridis.
+Stands on matplotlib alone, outside IPython without pyplot: no global state, no window, no figure that outlives its
+variable. Colours are Okabe and Ito's, which the colour-blind can tell apart; quantities are shades of viridis.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,20 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 
 
+def new_figure(size: tuple[float, float]) -> Figure:
+    """A figure of its own; under IPython one of pyplot's, because a notebook shows those and no others."""
+    ipython: Any = sys.modules.get("IPython")
+    if ipython is None or ipython.get_ipython() is None:
+        return Figure(figsize=size, layout="constrained")
+    from matplotlib import pyplot
+
+    return pyplot.figure(figsize=size, layout="constrained")
+
+
 def new_axes(ax: Axes | None = None, size: tuple[float, float] = (5.8, 4.0)) -> Axes:
     """The axes given, or those of a new figure, in the house style."""
     if ax is None:
-        ax = Figure(figsize=size, layout="constrained").add_subplot()
+        ax = new_figure(size).add_subplot()
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
@@ -184,7 +195,7 @@ def allocation(
     Draws into two axes. Beyond the largest budget measured the background is shaded: extrapolation.
     """
     if ax is None:
-        ax = list(Figure(figsize=(9.0, 3.9), layout="constrained").subplots(1, 2))
+        ax = list(new_figure((9.0, 3.9)).subplots(1, 2))
     for a in ax:
         new_axes(a)
     C = np.geomspace(min(flops), max(flops), 25)
