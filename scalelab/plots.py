@@ -146,7 +146,15 @@ def surface(
     lines = ax.contour(x, y, z, levels=np.geomspace(low, high, 14), cmap="viridis_r", norm=LogNorm(low, high))
     ax.clabel(lines, fmt="%.3g", fontsize="x-small")
     ax.scatter(
-        N, D, c=loss, cmap="viridis_r", norm=LogNorm(low, high), s=34, edgecolors="black", linewidths=0.6, zorder=4
+        N,
+        D,
+        c=loss,
+        cmap="viridis_r",
+        norm=LogNorm(low, high),
+        s=34 if len(N) < 60 else 14,
+        edgecolors="black",
+        linewidths=0.6 if len(N) < 60 else 0.4,
+        zorder=4,
     )
     compute = fit.rows.compute
     budgets = np.geomspace(compute.min() / 3, compute.max() * 3, 20)
@@ -166,20 +174,27 @@ def surface(
 
 
 def measured(fit: Fit, ax: Axes | None = None) -> Axes:
-    """Measured minus fitted loss, in per cent, against N; the bars are the law's own 95 % interval at each run."""
+    """Measured minus fitted loss, in per cent, against N; the bars are the law's own 95 % interval at each run.
+
+    A law of other things shows its target against its first input.
+    """
     ax = new_axes(ax)
-    rows = fit.rows.columns
+    rows, target = fit.rows.columns, fit.law.target
+    role = "params" if "params" in fit.law.inputs else fit.law.inputs[0]
     fitted = fit.fittedvalues.to_numpy()
     low, high = fit.interval(fit.law.evaluate(fit.samples, rows))
-    excess = 100 * (rows["loss"] / fitted - 1)
-    shade = _shades(fit.rows.compute)
+    excess = 100 * (rows[target] / fitted - 1)
     if np.isfinite(low).all():
-        ax.vlines(rows["params"], 100 * (low / fitted - 1), 100 * (high / fitted - 1), color=GREY, alpha=0.35, lw=4)
-    ax.scatter(rows["params"], excess, color=shade.to_rgba(fit.rows.compute), edgecolors="black", lw=0.5, zorder=3)
+        ax.vlines(rows[role], 100 * (low / fitted - 1), 100 * (high / fitted - 1), color=GREY, alpha=0.35, lw=4)
+    shade = _shades(fit.rows.compute) if fit.rows.has_compute else None
+    colours: Any = COLOURS[0] if shade is None else shade.to_rgba(fit.rows.compute)
+    ax.scatter(rows[role], excess, color=colours, edgecolors="black", lw=0.5, s=24, zorder=3)
     ax.axhline(0, color="black", linewidth=0.8)
-    ax.set(xscale="log", xlabel="parameters N", ylabel="measured above fitted loss (%)")
+    name = "parameters N" if role == "params" else role
+    ax.set(xscale="log", xlabel=name, ylabel=f"measured above fitted {target} (%)")
     _human_log(ax, "x")
-    ax.figure.colorbar(shade, ax=ax, pad=0.02).set_label("compute C (FLOP)")
+    if shade is not None:
+        ax.figure.colorbar(shade, ax=ax, pad=0.02).set_label("compute C (FLOP)")
     ax.set_title("grey bars: 95 % interval of the fitted law", fontsize="small", color=GREY)
     return ax
 
@@ -253,13 +268,14 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
         ax.text(0.5, 0.5, f"no hold-out: {held.reason}", ha="center", transform=ax.transAxes, wrap=True)
         ax.set_axis_off()
         return ax
-    t = held.table
-    for name, colour, marker in (("nearest run", COLOURS[4], "^"), ("power law in C", COLOURS[2], "s")):
+    t, target = held.table, fit.law.target
+    baselines = list(held.errors.index[1:])
+    for name, colour, marker in zip(baselines, (COLOURS[4], COLOURS[2]), "^s", strict=True):
         label = f"{name}: {held.errors.loc[name, 'mean_abs']:.2%} off"
-        ax.plot(t["loss"], t[name], marker, color=colour, markersize=6, alpha=0.8, label=label)
+        ax.plot(t[target], t[name], marker, color=colour, markersize=6, alpha=0.8, label=label)
     ends = np.stack([t["predicted"] - t["lower"], t["upper"] - t["predicted"]])
     ax.errorbar(
-        t["loss"],
+        t[target],
         t["predicted"],
         yerr=np.maximum(ends, 0) if np.isfinite(ends).all() else None,
         fmt="o",
@@ -268,15 +284,40 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
         label=f"{fit.law.name}: {held.error:.2%} off",
         zorder=4,
     )
-    values = t[["loss", "predicted", "nearest run", "power law in C"]].to_numpy()
+    values = t[[target, "predicted", *baselines]].to_numpy()
     span = np.array([values.min(), values.max()])
     ax.plot(span, span, color="black", linewidth=0.8, label="perfect")
-    ax.set(xlabel="measured loss (nats per token)", ylabel="predicted loss")
+    ax.set(xlabel=f"measured {target}", ylabel=f"predicted {target}")
+    unit = "compute" if held.called == "C" else held.called
     ax.set_title(
-        f"fitted to {held.fitted} runs, {held.held_out} predicted, {held.distance:.1f} decades of compute further",
+        f"fitted to {held.fitted} runs, {held.held_out} predicted, {held.distance:.1f} decades of {unit} further",
         fontsize="small",
         color=GREY,
     )
+    ax.legend(fontsize="small", frameon=False)
+    return ax
+
+
+def expanding(fits: Mapping[str, Fit], ax: Axes | None = None, cuts: Sequence[float] | None = None) -> Axes:
+    """Mean held-out error against the distance from the largest run fitted, in decades, over many cuts; the baselines
+    are the first fit's. Bins hold the predictions of all cuts up to that distance and beyond the one before."""
+    ax = new_axes(ax)
+    windows = {name: fit.expanding(cuts) for name, fit in fits.items()}
+    if whys := [f"{name}: {window.reason}" for name, window in windows.items() if not window.ok]:
+        ax.text(0.5, 0.5, "no hold-out\n" + "\n".join(whys), ha="center", transform=ax.transAxes, wrap=True)
+        ax.set_axis_off()
+        return ax
+    for i, (name, window) in enumerate(windows.items()):
+        error: Any = window.by_distance["law"]
+        colour = COLOURS[i % len(COLOURS)]
+        ax.plot(error.index, 100 * error, MARKERS[i % len(MARKERS)] + "-", color=colour, label=name, zorder=3)
+    first = next(iter(windows.values()))
+    for name, style in zip(first.by_distance.columns[2:], (":", "--"), strict=True):
+        ax.plot(first.by_distance.index, 100 * first.by_distance[name], style, color=GREY, label=name)
+    decades = "compute" if first.called == "C" else first.called
+    ax.set(yscale="log", xlabel=f"decades of {decades} beyond the fit, up to", ylabel="mean held-out error (%)")
+    ax.set_xticks(first.by_distance.index)
+    _plain_log(ax, "y")
     ax.legend(fontsize="small", frameon=False)
     return ax
 
@@ -314,7 +355,7 @@ def _human_log(ax: Axes, which: str) -> None:
     """Log ticks at 1, 2, 5 (at 1 only over many decades), written 200k, 1M."""
     axis = getattr(ax, f"{which}axis")
     low, high = getattr(ax, f"get_{which}lim")()
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,), numticks=12))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda v, _: human(v)))
     axis.set_minor_locator(NullLocator())
 

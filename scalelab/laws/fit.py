@@ -401,3 +401,7 @@ class Plot:
     def holdout(self, ax: Any = None) -> Any:
         """The held-out runs, predicted and measured."""
         return self._draw("holdout", self._fit, ax)
+
+    def expanding(self, ax: Any = None) -> Any:
+        """Held-out error against the distance in decades, over many cuts, beside the baselines."""
+        return self._draw("expanding", {self._fit.law.name: self._fit}, ax)
