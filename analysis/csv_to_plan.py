@@ -11,9 +11,9 @@
 # %% [markdown]
 # # From a CSV to the next runs
 #
-# A table of finished runs is all that a scaling law needs. This one is the best known: 245 runs that Epoch AI read off figure 4
-# of the Chinchilla paper (Hoffmann et al. 2022; Besiroglu et al. 2024). We fit the law, ask what it is worth, spend a budget
-# with it, and let it choose the runs that would teach it most.
+# A table of finished runs is all that a scaling law needs. This one is the best known: 245 runs that Epoch AI read
+# off figure 4 of the Chinchilla paper (Hoffmann et al. 2022; Besiroglu et al. 2024). We fit the law, ask what it is
+# worth, spend a budget with it, and let it choose the runs that would teach it most.
 #
 # The table is looked for in `$SCALELAB_DATA`. Your own goes in the same way: `laws.read_table("runs.csv")`.
 
@@ -38,8 +38,8 @@ table.head()
 # %% [markdown]
 # ## Fit, and read the findings first
 #
-# `columns` says which column plays which role; `params` and `loss` have their names already. The objective is the paper's: Huber
-# loss on log residuals, $\delta = 10^{-3}$. Every bootstrap refit is brought to its own optimum.
+# `columns` says which column plays which role; `params` and `loss` have their names already. The objective is the
+# paper's: Huber loss on log residuals, $\delta = 10^{-3}$. Every bootstrap refit is brought to its own optimum.
 
 # %%
 columns = {"tokens": "tokens_derived", "flops": "train_flop"}
@@ -47,7 +47,8 @@ everything = laws.fit("chinchilla", table, columns=columns, bootstrap=DRAWS, see
 everything.warnings
 
 # %% [markdown]
-# A diverged run, outliers, and two objectives that disagree beyond their intervals: no fit to quote yet. Which runs are these?
+# A diverged run, outliers, and two objectives that disagree beyond their intervals: no fit to quote yet. Which runs
+# are these?
 
 # %%
 odd = everything.resid.abs().nlargest(4)
@@ -56,8 +57,8 @@ table.loc[odd.index, ["params", "tokens_derived", "loss"]].assign(
 )
 
 # %% [markdown]
-# Runs that saw a fraction of a token per parameter: still on the steep first part of training, where no power law holds. The
-# published refit leaves the five highest losses out. So do we, and say so.
+# Runs that saw a fraction of a token per parameter: still on the steep first part of training, where no power law
+# holds. The published refit leaves the five highest losses out. So do we, and say so.
 
 # %%
 runs = table[table["outlier_top5_loss"] == 0]
@@ -82,8 +83,8 @@ fit.published()
 # %% [markdown]
 # ## What to train
 #
-# The surface, the runs and the compute-optimal line; then sizes and tokens at several budgets, each with its interval. Beyond
-# the data the background is grey.
+# The surface, the runs and the compute-optimal line; then sizes and tokens at several budgets, each with its
+# interval. Beyond the data the background is grey.
 
 # %%
 ax = fit.plot.surface(plots.new_axes(size=(4.6, 3.6)))
@@ -98,8 +99,8 @@ axes = fit.plot.frontier([1e18, 1e25], plots.new_figure((7.4, 3.3)).subplots(1, 
 # %% [markdown]
 # ## How sure?
 #
-# **Would it have known?** Fitted below the largest budgets, the law predicts them, beside two guesses that need no law. At many
-# cuts, this shows how the error grows with the distance.
+# **Would it have known?** Fitted below the largest budgets, the law predicts them, beside two guesses that need no
+# law. At many cuts, this shows how the error grows with the distance.
 
 # %%
 held = fit.holdout()
@@ -109,8 +110,8 @@ held
 ax = fit.plot.expanding(plots.new_axes(size=(4.4, 3.2)))
 
 # %% [markdown]
-# **Which rows are independent?** Resampling runs one by one assumes that they are. Where the form misfits, all runs of a size or
-# of a budget are off together; resampled whole, they give the interval that admits it.
+# **Which rows are independent?** Resampling runs one by one assumes that they are. Where the form misfits, all runs
+# of a size or of a budget are off together; resampled whole, they give the interval that admits it.
 
 # %%
 PLANNED = np.array([6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21])  # the paper's nine budgets
@@ -122,15 +123,18 @@ by = {"run": fit} | {
 }
 intervals = pd.DataFrame(
     {
-        name: {**f.conf_int().loc["beta"].add_prefix("beta "), **f.allocation().loc["a", ["lower", "upper"]].add_prefix("a ")}
+        name: {
+            **f.conf_int().loc["beta"].add_prefix("beta "),
+            **f.allocation().loc["a", ["lower", "upper"]].add_prefix("a "),
+        }
         for name, f in by.items()
     }
 ).T.rename_axis("resampled by")
 intervals
 
 # %% [markdown]
-# **What if I had chosen otherwise?** Every combination of rows left out and objective, as tokens per parameter at 5.76e23 FLOP. The
-# interval of one fit knows nothing of this spread.
+# **What if I had chosen otherwise?** Every combination of rows left out and objective, as tokens per parameter at
+# 5.76e23 FLOP. The interval of one fit knows nothing of this spread.
 
 # %%
 choices = fit.sensitivity(C=5.76e23)
@@ -138,7 +142,9 @@ answer = next(name for name in choices if name.startswith("D/N"))
 ax = plots.new_axes(size=(4.4, 3.0))
 for i, (objective, fits) in enumerate(choices.groupby(["objective", "delta"], dropna=False, sort=False)):
     delta = "" if np.isnan(objective[1]) else f", δ = {objective[1]:.2g}"
-    ax.plot(fits["dropped"], fits[answer], plots.MARKERS[i] + "-", color=plots.COLOURS[i], label=f"{objective[0]}{delta}")
+    ax.plot(
+        fits["dropped"], fits[answer], plots.MARKERS[i] + "-", color=plots.COLOURS[i], label=f"{objective[0]}{delta}"
+    )
 ax.set(xlabel="highest losses left out, of 240", ylabel="D*/N* at 5.76e23 FLOP", ylim=(0, None))
 legend = ax.legend(fontsize="small", frameon=False)
 
@@ -153,9 +159,9 @@ Markdown(
 # %% [markdown]
 # ## The next runs
 #
-# Imagine that only the runs below 1e20 FLOP existed, that 1e21 FLOP may be spent, and that the loss at 3e21 matters. Each design
-# is scored by simulation: draw a truth from the fit, draw the old and the new runs from it, fit, and see by how much the
-# prediction misses.
+# Imagine that only the runs below 1e20 FLOP existed, that 1e21 FLOP may be spent, and that the loss at 3e21 matters.
+# Each design is scored by simulation: draw a truth from the fit, draw the old and the new runs from it, fit, and see
+# by how much the prediction misses.
 
 # %%
 pilot = laws.fit("chinchilla", runs[runs["train_flop"] < 1e20], columns=columns, bootstrap=DRAWS, seed=0)
@@ -174,8 +180,8 @@ Markdown(
 )
 
 # %% [markdown]
-# `plan.to_config("next.py")` writes the runs as a sweep that `scalelab plan --config` accepts. The fit is kept with its draws, options,
-# findings and a hash of the data, and comes back bit for bit:
+# `plan.to_config("next.py")` writes the runs as a sweep that `scalelab plan --config` accepts. The fit is kept with
+# its draws, options, findings and a hash of the data, and comes back bit for bit:
 
 # %%
 path = fit.save(pathlib.Path(tempfile.mkdtemp()) / "fit.json")

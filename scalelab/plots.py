@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator
 if TYPE_CHECKING:
     import pandas as pd
 
-    from scalelab.laws import Fit, IsoflopFit
+    from scalelab.laws import EnvelopeFit, Fit, IsoflopFit
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -81,11 +81,11 @@ def loss_curves(curves: pd.DataFrame, table: pd.DataFrame, ax: Axes | None = Non
         ax.plot(run["flops"], run["loss"], color=colour, linewidth=1.3, linestyle="-" if done else ":")
         ax.plot(run["flops"].iloc[-1], run["loss"].iloc[-1], "o", color=colour, markersize=4)
     ax.set(xscale="log", yscale="log", xlabel="training compute (FLOP)", ylabel="held-out loss (nats per token)")
-    _plain_log(ax, "y")
+    plain_log(ax, "y")
     _common_error(table, ax)
     bar = ax.figure.colorbar(shade, ax=ax, pad=0.02)
     bar.set_label("parameters N")
-    _human_log(bar.ax, "y")
+    human_log(bar.ax, "y")
     return ax
 
 
@@ -124,7 +124,7 @@ def isoflop(table: pd.DataFrame, fit: IsoflopFit, ax: Axes | None = None) -> Axe
                 zorder=5,
             )
     ax.set(xscale="log", xlabel="parameters N", ylabel="held-out loss (nats per token)")
-    _human_log(ax, "x")
+    human_log(ax, "x")
     _common_error(runs, ax)
     ax.legend(title="★ minimum, 95 % interval", fontsize="small", title_fontsize="small", frameon=False)
     return ax
@@ -166,8 +166,8 @@ def surface(
         ax.fill(edge_n, edge_d, color=COLOURS[1], alpha=0.2, linewidth=0, label="95 % interval", zorder=2)
     ax.set(xscale="log", yscale="log", xlim=x[[0, -1]], ylim=y[[0, -1]])
     ax.set(xlabel="parameters N", ylabel="training tokens D")
-    _human_log(ax, "x")
-    _human_log(ax, "y")
+    human_log(ax, "x")
+    human_log(ax, "y")
     ax.legend(fontsize="small", loc="upper left", framealpha=0.9)
     ax.set_title("points: measured loss; lines: fitted loss (same shades)", fontsize="small", color=GREY)
     return ax
@@ -192,7 +192,7 @@ def measured(fit: Fit, ax: Axes | None = None) -> Axes:
     ax.axhline(0, color="black", linewidth=0.8)
     name = "parameters N" if role == "params" else role
     ax.set(xscale="log", xlabel=name, ylabel=f"measured above fitted {target} (%)")
-    _human_log(ax, "x")
+    human_log(ax, "x")
     if shade is not None:
         ax.figure.colorbar(shade, ax=ax, pad=0.02).set_label("compute C (FLOP)")
     ax.set_title("grey bars: 95 % interval of the fitted law", fontsize="small", color=GREY)
@@ -200,7 +200,7 @@ def measured(fit: Fit, ax: Axes | None = None) -> Axes:
 
 
 def allocation(
-    fits: Mapping[str, Fit | IsoflopFit],
+    fits: Mapping[str, Fit | IsoflopFit | EnvelopeFit],
     flops: Sequence[float],
     ax: Sequence[Axes] | None = None,
     flops_per_param_token: Any = 6.0,
@@ -217,11 +217,11 @@ def allocation(
     largest = 0.0
     for i, (name, fit) in enumerate(fits.items()):
         colour = COLOURS[i % len(COLOURS)]
-        parabolas = hasattr(fit, "vertices")
-        best: Any = fit.optimal(C) if parabolas else fit.optima(C, flops_per_param_token)  # type: ignore[union-attr]
+        parabolas, direct = hasattr(fit, "vertices"), hasattr(fit, "optima")
+        best: Any = fit.optima(C, flops_per_param_token) if direct else fit.optimal(C)  # type: ignore[union-attr]
         for a, column in zip(ax, ("params", "tokens"), strict=True):
             if best[column].notna().any():
-                a.plot(C, best[column], color=colour, linewidth=1.8, linestyle="--" if parabolas else "-", label=name)
+                a.plot(C, best[column], color=colour, linewidth=1.8, linestyle="-" if direct else "--", label=name)
                 a.fill_between(
                     C, best[f"{column}_lower"], best[f"{column}_upper"], color=colour, alpha=0.18, linewidth=0
                 )
@@ -244,14 +244,16 @@ def allocation(
                     label="parabola minima",
                 )
                 largest = max(largest, float(fit.vertices["flops"].max()))  # type: ignore[union-attr]
-            else:
+            elif direct:
                 largest = max(largest, float(fit.rows.compute.max()))  # type: ignore[union-attr]
+            else:
+                largest = max(largest, float(fit.envelope["flops"].max()))  # type: ignore[union-attr]
     for a, what in zip(ax, ("optimal parameters N*", "optimal tokens D*"), strict=True):
         if 0 < largest < C[-1]:
             a.axvspan(largest, C[-1], color="#999999", alpha=0.12, linewidth=0)
             a.text(largest, 0.02, " beyond the data", transform=a.get_xaxis_transform(), fontsize="small", color=GREY)
         a.set(xscale="log", yscale="log", xlim=(C[0], C[-1]), xlabel="training compute C (FLOP)", ylabel=what)
-        _human_log(a, "y")
+        human_log(a, "y")
         if C[-1] > 10 * C[0]:  # there is a whole power of ten to label; the ticks between would run into each other
             a.tick_params(axis="x", which="minor", labelbottom=False)
     ax[0].legend(
@@ -317,8 +319,9 @@ def expanding(fits: Mapping[str, Fit], ax: Axes | None = None, cuts: Sequence[fl
     decades = "compute" if first.called == "C" else first.called
     ax.set(yscale="log", xlabel=f"decades of {decades} beyond the fit, up to", ylabel="mean held-out error (%)")
     ax.set_xticks(first.by_distance.index)
-    _plain_log(ax, "y")
-    ax.legend(fontsize="small", frameon=False)
+    ax.set_ylim(top=3 * ax.get_ylim()[1])  # room for the legend
+    plain_log(ax, "y")
+    ax.legend(fontsize="small", frameon=False, ncols=2, loc="upper left")
     return ax
 
 
@@ -351,21 +354,24 @@ def _shades(values: Any) -> ScalarMappable:
     return ScalarMappable(LogNorm(low, high), colours)
 
 
-def _human_log(ax: Axes, which: str) -> None:
-    """Log ticks at 1, 2, 5 (at 1 only over many decades), written 200k, 1M."""
+def human_log(ax: Axes, which: str) -> None:
+    """Log ticks written 200k, 1M: at 1, 2 and 5 where there is room for so many, else at 1."""
     axis = getattr(ax, f"{which}axis")
     low, high = getattr(ax, f"get_{which}lim")()
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,), numticks=12))
+    inches = ax.get_position().size * ax.figure.get_size_inches()
+    room = inches[0] / 0.55 if which == "x" else inches[1] / 0.25  # labels that fit side by side, or one above another
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if 3 * np.log10(high / low) < room else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda v, _: human(v)))
     axis.set_minor_locator(NullLocator())
 
 
-def _plain_log(ax: Axes, which: str) -> None:
-    """A log axis over less than two decades, with plain numbers."""
+def plain_log(ax: Axes, which: str) -> None:
+    """A log axis with plain numbers, as long as they are short."""
     axis = getattr(ax, f"{which}axis")
     low, high = getattr(ax, f"get_{which}lim")()
     if high / low > 100:
-        axis.set_major_formatter(LogFormatterSciNotation())
+        small = low >= 1e-3 and high <= 1e4
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}") if small else LogFormatterSciNotation())
         return
     subs = (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(subs=subs, numticks=15))

@@ -169,7 +169,7 @@ class ComparisonPlot:
 
         ax = self._bands(ax, "multiplier", "multiplier_lower", "multiplier_upper", 1.0)
         ax.set(yscale="log", ylabel=f"compute for the loss of {self._of.reference} (× C)")
-        plots._plain_log(ax, "y")
+        plots.plain_log(ax, "y")
         return ax
 
     def difference(self, ax: Any = None) -> Any:
