@@ -140,9 +140,37 @@ def test_notebook_runs(path, tmp_path):
     data, figures, checks = EXPECTED[path.stem]
     if data and not (DATA / data).is_dir():
         pytest.skip(f"NOT RUN: {DATA / data} is missing; set SCALELAB_DATA")
-    notebook = jupytext.read(path)
-    code = nbformat.v4.new_code_cell
-    notebook.cells = [code(BEFORE), *notebook.cells, code(checks)]
+    cells = [*jupytext.read(path).cells, nbformat.v4.new_code_cell(checks)]
+    outputs = [out for cell in execute(cells, path.parent, tmp_path) for out in cell.get("outputs", ())]
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == figures
+    assert not [out.text for out in outputs if out.get("name") == "stderr"]
+    bare = [out.data["text/plain"] for out in outputs if set(out.get("data", {})) == {"text/plain"}]
+    assert not [text for text in bare if " object at 0x" in text]
+
+
+def test_a_kernel_shows_figures_and_a_quiet_progress_line(tmp_path):
+    """Figures need no pyplot of the user's; progress needs no widgets, and leaves an empty line."""
+    progress = """
+from scalelab.laws import progress
+progress.PATIENCE = -1.0
+seen, write = [], progress._Cell._write
+progress._Cell._write = lambda self, text: (seen.append(text), write(self, text))
+with progress.progress(4, "refits") as advance:
+    for _ in range(3):
+        advance(1)
+assert seen == ["refits: 25%", "refits: 50%", "refits: 75%", ""]
+"""
+    cells = [
+        nbformat.v4.new_code_cell(code) for code in ("from scalelab import plots\nax = plots.new_axes()", progress)
+    ]
+    _, figure, line = execute(cells, ROOT, tmp_path)
+    assert ["image/png" in out.data for out in figure.outputs] == [True]
+    assert [out.data for out in line.outputs] == [{"text/plain": ""}]
+
+
+def execute(cells, where, tmp_path):
+    """The cells, after one that makes warnings errors, with what they showed."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(BEFORE), *cells])
     nbformat.write(notebook, tmp_path / "run.ipynb")
     env = os.environ | {
         "SCALELAB_DATA": str(DATA), "SCALELAB_QUICK": "1", "PYTHONPATH": str(ROOT),
@@ -150,12 +178,8 @@ def test_notebook_runs(path, tmp_path):
         "JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_RUNTIME_DIR": str(tmp_path), "IPYTHONDIR": str(tmp_path),
     }  # fmt: skip
     ran = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path / "run.ipynb"), str(path.parent)],
+        [sys.executable, "-c", RUN, str(tmp_path / "run.ipynb"), str(where)],
         env=env, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]
-    outputs = [out for cell in nbformat.read(tmp_path / "run.ipynb", 4).cells for out in cell.get("outputs", ())]
-    assert sum("image/png" in out.get("data", {}) for out in outputs) == figures
-    assert not [out.text for out in outputs if out.get("name") == "stderr"]
-    bare = [out.data["text/plain"] for out in outputs if set(out.get("data", {})) == {"text/plain"}]
-    assert not [text for text in bare if " object at 0x" in text]
+    return nbformat.read(tmp_path / "run.ipynb", 4).cells
