@@ -53,7 +53,7 @@ class Ranking(Shown):
         lines = [
             f"{self.held_out} runs of {self.called} >= {self.cut:.3g} predicted; "
             f"a perfect law would err by {self.floor:.2%} (seed noise {self.noise})",
-            self.table.to_string(float_format=percent),
+            self.table.to_string(float_format=percent, na_rep=""),
         ]
         return "\n".join([*lines, *map(str, self.warnings)])
 
