@@ -358,8 +358,9 @@ def human_log(ax: Axes, which: str) -> None:
     """Log ticks written 200k, 1M: at 1, 2 and 5 where there is room for so many, else at 1."""
     axis = getattr(ax, f"{which}axis")
     low, high = getattr(ax, f"get_{which}lim")()
-    inches = ax.get_position().size * ax.figure.get_size_inches()
-    room = inches[0] / 0.55 if which == "x" else inches[1] / 0.25  # labels that fit side by side, or one above another
+    room = (
+        ax.bbox.width / 0.55 if which == "x" else ax.bbox.height / 0.25
+    ) / ax.figure.dpi  # labels that fit side by side, or one above another
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if 3 * np.log10(high / low) < room else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda v, _: human(v)))
     axis.set_minor_locator(NullLocator())
