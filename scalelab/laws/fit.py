@@ -19,6 +19,7 @@ from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
 from scalelab.laws.prediction import Prediction
 from scalelab.laws.result import Result, jsonable
+from scalelab.laws.shown import Notices
 from scalelab.laws.table import Rows, Table, inputs_of
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Fit(Result):
         return self._notices
 
     @property
-    def warnings(self) -> list[Notice]:
+    def warnings(self) -> Notices:
         """All findings about the data and the fit, worst first. The first access runs the refits that some need."""
         if not self._studied:
             self._studied = True
@@ -400,3 +401,7 @@ class Plot:
     def holdout(self, ax: Any = None) -> Any:
         """The held-out runs, predicted and measured."""
         return self._draw("holdout", self._fit, ax)
+
+    def expanding(self, ax: Any = None) -> Any:
+        """Held-out error against the distance in decades, over many cuts, beside the baselines."""
+        return self._draw("expanding", {self._fit.law.name: self._fit}, ax)

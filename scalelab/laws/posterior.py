@@ -6,7 +6,6 @@ posterior is usually the narrower of the two (about half as wide on the Chinchil
 
 from __future__ import annotations
 
-import html
 import math
 import types
 from typing import Any
@@ -20,6 +19,7 @@ from scalelab.laws.fit import Fit
 from scalelab.laws.notices import Notice
 from scalelab.laws.parameter import Parameter
 from scalelab.laws.regression import Constrained, FormRegression
+from scalelab.laws.shown import Shown, worst_first
 from scalelab.laws.traced import UNTRACEABLE, Traced
 
 FREEDOM = 4.0  # of Student's t
@@ -169,7 +169,7 @@ def _sample(
     return flat, divergences, diagnostics
 
 
-class Posterior:
+class Posterior(Shown):
     """Posterior draws of a fit's parameters.
 
     `draws` has a column per parameter and `sigma`, the scale of the noise on the objective's scale. `fit` is the same
@@ -250,10 +250,7 @@ class Posterior:
             self.table(level).to_string(float_format=lambda v: f"{v:.5g}"),
             f"sigma: {self.draws['sigma'].mean():.4g}",
         ]
-        return "\n".join([*lines, "", *(map(str, self.warnings) if self.warnings else ["no warnings"])])
+        return "\n".join([*lines, "", str(worst_first(self.warnings))])
 
     def __repr__(self) -> str:
         return f"<Posterior of {self.bootstrap.law.name}, {len(self.draws)} draws, {self.divergences} divergences>"
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(self.summary())}</pre>"
