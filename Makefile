@@ -7,12 +7,19 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS ?= 2
 
-.PHONY: demo test test-fast lint format types clean
+NOTEBOOKS := $(shell grep -l "^. jupyter:" analysis/*.py)
+
+.PHONY: demo notebooks test test-fast lint format types clean
 
 # An IsoFLOP sweep of a Transformer on real text, the Chinchilla surface and the IsoFLOP optimum, report.html.
 demo: .venv/installed
 	$(BIN)/scalelab sweep --config=isoflop --name=demo --runs=demo --jobs=$(JOBS)
 	$(BIN)/scalelab report demo/sweeps/demo.json --out=report.html --title="IsoFLOP sweep: a byte-level Transformer on Python's standard library"
+
+# analysis/*.py as notebooks with their outputs beside them. They look for published tables in $$SCALELAB_DATA.
+notebooks: .venv/installed-dev
+	$(BIN)/jupytext --quiet --sync $(NOTEBOOKS)
+	$(BIN)/jupyter execute --inplace $(NOTEBOOKS:.py=.ipynb)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS)

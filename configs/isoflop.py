@@ -1,12 +1,15 @@
-"""An IsoFLOP sweep of Transformers: several sizes at each of several budgets (Hoffmann et al. 2022, approach 2).
+"""An IsoFLOP sweep: several sizes at each of several budgets (Hoffmann et al. 2022, approach 2), of one
+family or several.
 
     scalelab plan  --config=isoflop
     scalelab sweep --config=isoflop:budgets=1e12:2e12:4e12,sizes=5 --jobs=2
+    scalelab sweep --config=isoflop:families=transformer:xlstm:deltanet,budgets=1e12:4e12 --jobs=2
     scalelab report runs/sweeps/isoflop-*.json
 
-Arguments: budgets (training FLOP, exact convention, by colons), sizes (models per budget), ratio (tokens per
-non-embedding parameter around which the sizes are laid), span (largest over smallest size of a budget), seeds
-(repeats), data and tokenizer as in `transformer`. The defaults are those of `make demo`: some minutes on two cores.
+Arguments: families (of the recipe, by colons), budgets (training FLOP, exact convention, by colons), sizes (models per
+budget), ratio (tokens per active non-embedding parameter around which the sizes are laid), span (largest over smallest
+size of a budget), seeds (repeats), data, tokenizer and dtype as in `transformer`. All families get the same budgets,
+sizes and, for a seed, the same batches. The defaults take some minutes on two cores.
 """
 
 import math
@@ -20,8 +23,8 @@ from scalelab.errors import BadInput
 from scalelab.schema import Config
 
 DEFAULTS: dict[str, Any] = {
-    "budgets": (1.5e11, 3.75e11, 9e11), "sizes": 5, "ratio": 50.0, "span": 10.0, "seeds": 1, "data": "",
-    "tokenizer": "bytes", "dtype": "float32",
+    "families": ("transformer",), "budgets": (1.5e11, 3.75e11, 9e11), "sizes": 5, "ratio": 50.0, "span": 10.0,
+    "seeds": 1, "data": "", "tokenizer": "bytes", "dtype": "float32",
 }  # fmt: skip
 
 
@@ -40,14 +43,17 @@ def sweep(arg: str = "") -> Iterator[dict[str, Any] | sweeps.Dropped]:
     for name, value in (("ratio", args.ratio), *(("budgets", budget) for budget in args.budgets)):
         if value <= 0:
             raise BadInput(f"config argument {name}", value, "must be above 0")
-    for budget in args.budgets:
-        centre = math.sqrt(budget / (6 * args.ratio))  # C = 6 N D with D = ratio N
-        for rank in range(args.sizes):
-            place = rank / (args.sizes - 1) - 0.5 if args.sizes > 1 else 0.0
-            for seed in range(args.seeds):
-                try:
-                    shape = recipe.sized("transformer", centre * args.span**place)
-                except BadInput as error:
-                    yield sweeps.Dropped({"budget": budget}, f"budget = {budget:.3g}: too small; {error}")
-                    continue
-                yield {**shape, "seed": seed, "train.steps": sweeps.steps_for(budget)}
+    others = recipe.defaults(args.families)
+    for family in args.families:
+        for budget in args.budgets:
+            centre = math.sqrt(budget / (6 * args.ratio))  # C = 6 N D with D = ratio N
+            for rank in range(args.sizes):
+                place = rank / (args.sizes - 1) - 0.5 if args.sizes > 1 else 0.0
+                for seed in range(args.seeds):
+                    try:
+                        shape = others | recipe.sized(family, centre * args.span**place)
+                    except BadInput as error:
+                        reason = f"budget = {budget:.3g}: too small; {error}"
+                        yield sweeps.Dropped({"family": family, "budget": budget}, reason)
+                        continue
+                    yield {**shape, "seed": seed, "train.steps": sweeps.steps_for(budget)}

@@ -126,17 +126,19 @@ class Checkpoints:
         self.manager.close()
 
 
-def load_params(folder: pathlib.Path, params: Any, say: Callable[[str], None] = print) -> tuple[int, Any] | None:
+def load_params(folder: pathlib.Path, params: Any = None, say: Callable[[str], None] = print) -> tuple[int, Any] | None:
     """(step, parameters) of the newest sound checkpoint below a run's folder, for evaluation and sampling.
 
-    Reads only: unlike `Checkpoints.restore` it deletes nothing.
+    `params` is their tree of ShapeDtypeStruct with shardings; without it the checkpoint's own shapes are taken, on the
+    first device. Reads only: unlike `Checkpoints.restore` it deletes nothing.
     """
     if not (folder / "checkpoints").is_dir():
         return None
     with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
-                items = ocp.args.Composite(params=ocp.args.StandardRestore(params), meta=ocp.args.JsonRestore())
+                wanted = _saved_shapes(manager.directory / str(step)) if params is None else params
+                items = ocp.args.Composite(params=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore())
                 restored = manager.restore(step, args=items)
                 if checksums(restored.params) != restored.meta["checksums"]["params"]:
                     raise Damaged("checksum of the parameters differs")
@@ -144,3 +146,9 @@ def load_params(folder: pathlib.Path, params: Any, say: Callable[[str], None] = 
             except Exception as error:
                 say(f"checkpoint of step {step} is damaged ({type(error).__name__}); trying the one before")
     return None
+
+
+def _saved_shapes(folder: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    saved = ocp.StandardCheckpointer().metadata(folder / "params").item_metadata
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved)

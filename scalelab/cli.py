@@ -89,12 +89,15 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_arguments(build)
     p = command("bench", "Measure scalelab itself; ratios to a baseline in the same run")
     p.add_argument(
-        "what", choices=("step", "fit"),
-        help="step: the loop's overhead over the bare jitted step; fit: fitting a law, against SciPy",
+        "what", choices=("step", "fit", "families"),
+        help="step: the loop's overhead over the bare jitted step; fit: fitting a law, against SciPy; families: "
+        "training speed of each family over the Transformer's",
     )  # fmt: skip
     p.add_argument("--pairs", type=int, default=300, metavar="N", help="step: interleaved pairs (default: 300)")
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="fit: interleaved repeats (default: 7)")
     p.add_argument("--whole", action="store_true", help="fit: time SciPy's 4,500 starts in full too")
+    p.add_argument("--params", type=float, default=1e5, metavar="N", help="families: size of each (default: 1e5)")
+    p.add_argument("--families", default="", metavar="A,B,...", help="families: which (default: all of the recipe)")
     return parser
 
 
@@ -304,6 +307,10 @@ def _bench(args: argparse.Namespace) -> int:
         from scalelab.bench import fit
 
         return fit.main(args.repeats, args.whole)
+    if args.what == "families":
+        from scalelab.bench import families
+
+        return families.main(args.params, families=[name for name in args.families.split(",") if name])
     from scalelab.bench import step
 
     return step.main(args.pairs)

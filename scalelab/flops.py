@@ -101,6 +101,20 @@ def counts(config: Any) -> Counts:
     return Counts(total, active, **of_role)
 
 
+def weight_products(config: Any, mask: Any) -> float:
+    """Forward FLOPs per token of the products with the matrices where the mask, a tree like the parameters, is true:
+    what training saves for each that is frozen, since it has no gradient."""
+    spec = resolve(config)
+    total = 0.0
+    chosen = dict(jax.tree_util.tree_leaves_with_path(mask))
+    for path, tensor in jax.tree_util.tree_leaves_with_path(LanguageModel.tensors(spec)):
+        head = tensor.role == "unembedding" or (path[0].key == "embed" and spec.tied_embeddings)
+        if chosen[path] and (head or tensor.role in ("hidden", "gate")):
+            outside = head or path[0].key == "aggregator"  # of the streams
+            total += 2 * tensor.active_size * spec.copies(path[0].key) * (1 if outside else spec.streams)
+    return total
+
+
 def conventions(config: Any, seq_len: int, tokens: float) -> dict[str, float]:
     """Training FLOPs of `tokens` tokens: `flops` (exact), `flops_6n` (6 N D), `flops_6n_non_embedding`.
 

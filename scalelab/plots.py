@@ -1,7 +1,7 @@
 """Figures for notebooks and the report. Each function draws into `ax` (or a new figure) and returns it.
 
-Stands on matplotlib alone, without pyplot: no global state, no window, no figure that outlives its variable. Colours
-are Okabe and Ito's, which the colour-blind can tell apart; quantities are shades of viridis.
+Stands on matplotlib alone, outside IPython without pyplot: no global state, no window, no figure that outlives its
+variable. Colours are Okabe and Ito's, which the colour-blind can tell apart; quantities are shades of viridis.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from scalelab.paths import save as save_file
 if TYPE_CHECKING:
     import pandas as pd
 
-    from scalelab.laws import Fit, IsoflopFit
+    from scalelab.laws import EnvelopeFit, Fit, IsoflopFit
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -43,10 +44,20 @@ GREY = "#666666"
 SIZE = (4.125, 3.0)  # inches: printed at half a page's width, 3.3, matplotlib's 10 points are 8
 
 
+def new_figure(size: tuple[float, float]) -> Figure:
+    """A figure of its own; under IPython one of pyplot's, because a notebook shows those and no others."""
+    ipython: Any = sys.modules.get("IPython")
+    if ipython is None or ipython.get_ipython() is None:
+        return Figure(figsize=size, layout="constrained")
+    from matplotlib import pyplot
+
+    return pyplot.figure(figsize=size, layout="constrained")
+
+
 def new_axes(ax: Axes | None = None, size: tuple[float, float] = SIZE) -> Axes:
     """The axes given, or those of a new figure, in the house style."""
     if ax is None:
-        ax = Figure(figsize=size, layout="constrained").add_subplot()
+        ax = new_figure(size).add_subplot()
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
@@ -95,12 +106,12 @@ def loss_curves(curves: pd.DataFrame, table: pd.DataFrame, ax: Axes | None = Non
         ax.plot(run["flops"], run["loss"], color=colour, linewidth=1.3, linestyle="-" if done else ":")
         ax.plot(run["flops"].iloc[-1], run["loss"].iloc[-1], "o", color=colour, markersize=4)
     ax.set(xscale="log", yscale="log", xlabel="training compute (FLOP)", ylabel="held-out loss (nats per token)")
-    _plain_log(ax, "y")
-    _power_log(ax, "x")
+    plain_log(ax, "y")
+    power_log(ax, "x")
     _common_error(table, ax)
     bar = ax.figure.colorbar(shade, ax=ax, pad=0.02)
     bar.set_label("parameters N")
-    _human_log(bar.ax, "y")
+    human_log(bar.ax, "y")
     return ax
 
 
@@ -139,11 +150,11 @@ def isoflop(table: pd.DataFrame, fit: IsoflopFit, ax: Axes | None = None) -> Axe
                 zorder=5,
             )
     ax.set(xscale="log", xlabel="parameters N", ylabel="held-out loss (nats per token)")
-    _human_log(ax, "x")
+    human_log(ax, "x")
     _common_error(runs, ax)
     said = "★ minimum, 95 % interval"
     ax.set_title(f"{ax.get_title()}\n{said}" if ax.get_title() else said, fontsize="small", color=GREY)
-    legend_above(ax, 2 if vertices["used"].sum() < len(vertices) else 3)
+    legend_above(ax, 3 if vertices["used"].to_numpy().all() else 2)  # "refused" takes room
     return ax
 
 
@@ -163,7 +174,15 @@ def surface(
     lines = ax.contour(x, y, z, levels=np.geomspace(low, high, 14), cmap="viridis_r", norm=LogNorm(low, high))
     ax.clabel(lines, fmt="%.3g", fontsize="x-small")
     ax.scatter(
-        N, D, c=loss, cmap="viridis_r", norm=LogNorm(low, high), s=34, edgecolors="black", linewidths=0.6, zorder=4
+        N,
+        D,
+        c=loss,
+        cmap="viridis_r",
+        norm=LogNorm(low, high),
+        s=34 if len(N) < 60 else 14,
+        edgecolors="black",
+        linewidths=0.6 if len(N) < 60 else 0.4,
+        zorder=4,
     )
     compute = fit.rows.compute
     budgets = np.geomspace(compute.min() / 3, compute.max() * 3, 20)
@@ -175,34 +194,41 @@ def surface(
         ax.fill(edge_n, edge_d, color=COLOURS[1], alpha=0.2, linewidth=0, label="95 % interval", zorder=2)
     ax.set(xscale="log", yscale="log", xlim=x[[0, -1]], ylim=y[[0, -1]])
     ax.set(xlabel="parameters N", ylabel="training tokens D")
-    _human_log(ax, "x")
-    _human_log(ax, "y")
+    human_log(ax, "x")
+    human_log(ax, "y")
     ax.legend(fontsize="small", loc="upper left", framealpha=0.9)
     ax.set_title("points: measured loss; lines: fitted loss (same shades)", fontsize="small", color=GREY)
     return ax
 
 
 def measured(fit: Fit, ax: Axes | None = None) -> Axes:
-    """Measured minus fitted loss, in per cent, against N; the bars are the law's own 95 % interval at each run."""
+    """Measured minus fitted loss, in per cent, against N; the bars are the law's own 95 % interval at each run.
+
+    A law of other things shows its target against its first input.
+    """
     ax = new_axes(ax)
-    rows = fit.rows.columns
+    rows, target = fit.rows.columns, fit.law.target
+    role = "params" if "params" in fit.law.inputs else fit.law.inputs[0]
     fitted = fit.fittedvalues.to_numpy()
     low, high = fit.interval(fit.law.evaluate(fit.samples, rows))
-    excess = 100 * (rows["loss"] / fitted - 1)
-    shade = _shades(fit.rows.compute)
+    excess = 100 * (rows[target] / fitted - 1)
     if np.isfinite(low).all():
-        ax.vlines(rows["params"], 100 * (low / fitted - 1), 100 * (high / fitted - 1), color=GREY, alpha=0.35, lw=4)
-    ax.scatter(rows["params"], excess, color=shade.to_rgba(fit.rows.compute), edgecolors="black", lw=0.5, zorder=3)
+        ax.vlines(rows[role], 100 * (low / fitted - 1), 100 * (high / fitted - 1), color=GREY, alpha=0.35, lw=4)
+    shade = _shades(fit.rows.compute) if fit.rows.has_compute else None
+    colours: Any = COLOURS[0] if shade is None else shade.to_rgba(fit.rows.compute)
+    ax.scatter(rows[role], excess, color=colours, edgecolors="black", lw=0.5, s=24, zorder=3)
     ax.axhline(0, color="black", linewidth=0.8)
-    ax.set(xscale="log", xlabel="parameters N", ylabel="measured above fitted loss (%)")
-    _human_log(ax, "x")
-    ax.figure.colorbar(shade, ax=ax, pad=0.02).set_label("compute C (FLOP)")
+    name = "parameters N" if role == "params" else role
+    ax.set(xscale="log", xlabel=name, ylabel=f"measured above fitted {target} (%)")
+    human_log(ax, "x")
+    if shade is not None:
+        ax.figure.colorbar(shade, ax=ax, pad=0.02).set_label("compute C (FLOP)")
     ax.set_title("grey bars: 95 % interval of the fitted law", fontsize="small", color=GREY)
     return ax
 
 
 def allocation(
-    fits: Mapping[str, Fit | IsoflopFit],
+    fits: Mapping[str, Fit | IsoflopFit | EnvelopeFit],
     flops: Sequence[float],
     ax: Sequence[Axes] | None = None,
     flops_per_param_token: Any = 6.0,
@@ -213,23 +239,21 @@ def allocation(
     measured the background is shaded: extrapolation.
     """
     if ax is None:
-        ax = list(Figure(figsize=(9.0, 3.9), layout="constrained").subplots(1, 2))
+        ax = list(new_figure((9.0, 3.9)).subplots(1, 2))
     for a in ax:
         new_axes(a)
     C = np.geomspace(min(flops), max(flops), 25)
     largest = 0.0
     for i, (name, fit) in enumerate(fits.items()):
         colour = COLOURS[i % len(COLOURS)]
-        parabolas = hasattr(fit, "vertices")
-        cost = (
-            flops_per_param_token.get(name, 6.0)
-            if isinstance(flops_per_param_token, Mapping)
-            else flops_per_param_token
-        )
-        best: Any = fit.optimal(C) if parabolas else fit.optima(C, cost)  # type: ignore[union-attr]
+        parabolas, direct = hasattr(fit, "vertices"), hasattr(fit, "optima")
+        cost: Any = flops_per_param_token
+        if isinstance(cost, Mapping):
+            cost = cost.get(name, 6.0)
+        best: Any = fit.optima(C, cost) if direct else fit.optimal(C)  # type: ignore[union-attr]
         for a, column in zip(ax, ("params", "tokens"), strict=True):
             if best[column].notna().any():
-                a.plot(C, best[column], color=colour, linewidth=1.8, linestyle="--" if parabolas else "-", label=name)
+                a.plot(C, best[column], color=colour, linewidth=1.8, linestyle="-" if direct else "--", label=name)
                 a.fill_between(
                     C, best[f"{column}_lower"], best[f"{column}_upper"], color=colour, alpha=0.18, linewidth=0
                 )
@@ -252,15 +276,17 @@ def allocation(
                     label="parabola minima",
                 )
                 largest = max(largest, float(fit.vertices["flops"].max()))  # type: ignore[union-attr]
-            else:
+            elif direct:
                 largest = max(largest, float(fit.rows.compute.max()))  # type: ignore[union-attr]
+            else:
+                largest = max(largest, float(fit.envelope["flops"].max()))  # type: ignore[union-attr]
     for a, what in zip(ax, ("optimal parameters N*", "optimal tokens D*"), strict=True):
         if 0 < largest < C[-1]:
             a.axvspan(largest, C[-1], color="#999999", alpha=0.12, linewidth=0)
             a.text(largest, 0.02, " beyond the data", transform=a.get_xaxis_transform(), fontsize="small", color=GREY)
         a.set(xscale="log", yscale="log", xlim=(C[0], C[-1]), xlabel="training compute C (FLOP)", ylabel=what)
-        _human_log(a, "y")
-        _power_log(a, "x")
+        human_log(a, "y")
+        power_log(a, "x")
     ax[0].legend(
         fontsize="small", loc="upper left", title="bands: 95 % intervals", title_fontsize="small", frameon=False
     )
@@ -275,13 +301,14 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
         ax.text(0.5, 0.5, f"no hold-out: {held.reason}", ha="center", transform=ax.transAxes, wrap=True)
         ax.set_axis_off()
         return ax
-    t = held.table
-    for name, colour, marker in (("nearest run", COLOURS[4], "^"), ("power law in C", COLOURS[2], "s")):
+    t, target = held.table, fit.law.target
+    baselines = list(held.errors.index[1:])
+    for name, colour, marker in zip(baselines, (COLOURS[4], COLOURS[2]), "^s", strict=True):
         label = f"{name}: {held.errors.loc[name, 'mean_abs']:.2%} off"
-        ax.plot(t["loss"], t[name], marker, color=colour, markersize=6, alpha=0.8, label=label)
+        ax.plot(t[target], t[name], marker, color=colour, markersize=6, alpha=0.8, label=label)
     ends = np.stack([t["predicted"] - t["lower"], t["upper"] - t["predicted"]])
     ax.errorbar(
-        t["loss"],
+        t[target],
         t["predicted"],
         yerr=np.maximum(ends, 0) if np.isfinite(ends).all() else None,
         fmt="o",
@@ -290,12 +317,12 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
         label=f"{fit.law.name}: {held.error:.2%} off",
         zorder=4,
     )
-    values = t[["loss", "predicted", "nearest run", "power law in C"]].to_numpy()
+    values = t[[target, "predicted", *baselines]].to_numpy()
     span = np.array([values.min(), values.max()])
     ax.plot(span, span, color="black", linewidth=0.8, label="perfect")
-    ax.set(xlabel="measured loss (nats per token)", ylabel="predicted loss")
+    ax.set(xlabel=f"measured {target}", ylabel=f"predicted {target}")
     ax.set_title(
-        f"fitted to {held.fitted} runs, {held.held_out} predicted, {held.distance:.1f} decades on",
+        f"fitted to {held.fitted} runs, {held.held_out} predicted, {held.distance:.1f} decades of {held.called} on",
         fontsize="small",
         color=GREY,
     )
@@ -343,18 +370,19 @@ def _shades(values: Any) -> ScalarMappable:
     return ScalarMappable(LogNorm(low, high), colours)
 
 
-def _human_log(ax: Axes, which: str) -> None:
-    """Log ticks at 1, 2, 5 (at 1 and 3, or 1 only, where these would run into each other), written 200k, 1M."""
+def human_log(ax: Axes, which: str) -> None:
+    """Log ticks written 200k, 1M: at 1, 2 and 5 where there is room for so many, else at 1."""
     axis = getattr(ax, f"{which}axis")
     low, high = getattr(ax, f"get_{which}lim")()
-    few, fewer = (30, 500) if which == "x" else (1000, 1000)  # labels side by side need more room
-    subs = (1.0, 2.0, 5.0) if high / low < few else (1.0, 3.0) if high / low < fewer else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    room = (
+        ax.bbox.width / 0.55 if which == "x" else ax.bbox.height / 0.25
+    ) / ax.figure.dpi  # labels that fit side by side, or one above another
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if 3 * np.log10(high / low) < room else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda v, _: human(v)))
     axis.set_minor_locator(NullLocator())
 
 
-def _power_log(ax: Axes, which: str) -> None:
+def power_log(ax: Axes, which: str) -> None:
     """Log ticks in powers of ten, at 1, 2, 5 or 1, 3 where there are few of them."""
     axis = getattr(ax, f"{which}axis")
     low, high = getattr(ax, f"get_{which}lim")()
@@ -367,15 +395,18 @@ def _power_log(ax: Axes, which: str) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _plain_log(ax: Axes, which: str) -> None:
-    """A log axis over less than two decades, with plain numbers."""
+def plain_log(ax: Axes, which: str) -> None:
+    """A log axis with plain numbers, as long as they are short."""
     axis = getattr(ax, f"{which}axis")
     low, high = getattr(ax, f"get_{which}lim")()
     if high / low > 100:
-        axis.set_major_formatter(LogFormatterSciNotation())
+        small = low >= 1e-3 and high <= 1e4
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}") if small else LogFormatterSciNotation())
         return
     subs = (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
-    near = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)  # over a factor of two a log axis is nearly an even one
-    axis.set_major_locator(LogLocator(subs=subs, numticks=15) if high / low > 2.2 else FixedLocator(near[near > 0]))
+    axis.set_major_locator(LogLocator(subs=subs, numticks=15))
+    if high / low < 2.2:  # over a factor of two a log axis is nearly an even one
+        even = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+        axis.set_major_locator(FixedLocator([tick for tick in even if tick > 0]))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_locator(NullLocator())

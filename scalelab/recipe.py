@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from scalelab import flops
-from scalelab.config import base, override, parse_arg
+from scalelab.config import base, flatten, override, parse_arg
 from scalelab.errors import BadInput
 from scalelab.schema import Config
 
@@ -180,7 +180,14 @@ def shape(family: str, width: int, **options: Any) -> Shape:
     unknown family."""
     if family not in FAMILIES:
         raise BadInput("family", family, f"must be one of {', '.join(FAMILIES)}")
-    return {**FAMILIES[family](width, **options), "optim.lr": learning_rate(width)}
+    return {**FAMILIES[family](width, **options), "optim.lr": learning_rate(width, family)}
+
+
+def defaults(families: Iterable[str]) -> Shape:
+    """Every field that one of the families' shapes sets, at its default: beneath each of them in a sweep over several,
+    whose common config is that of one."""
+    fields = flatten(base().to_dict())
+    return {name: fields[name] for family in families for name in shape(family, WIDTHS[-1])}
 
 
 @functools.cache
@@ -209,14 +216,17 @@ def sized(family: str, target: float, **options: Any) -> Shape:
     return shape(family, width, **options)
 
 
-def learning_rate(width: int) -> float:
-    """Peak AdamW learning rate: 0.5 / width, at most 0.02.
+LOWER = ("xlstm", "moe", "gla", "lightning")  # families whose best rate is 0.6 of the rule's
+
+
+def learning_rate(width: int, family: str = "transformer") -> float:
+    """Peak AdamW learning rate: 0.5 / width, at most 0.02; 0.6 times that for the families in `LOWER`.
 
     Measured for the Transformer at widths 24, 40 and 64 (bytes of Python source, 2e11 FLOP, 512 tokens a batch, fan-in
     initialisation): the best of a grid of factors 2 was 0.013 to 0.026, 0.010 to 0.020 and 0.008. At 768 the rule gives
-    the usual 6.5e-4. The other families start from the same rule until they are measured.
+    the usual 6.5e-4. The other families: `experiments/2026-11-22-family-lr`, at two widths from 16 to 48.
     """
-    return float(f"{min(0.02, 0.5 / width):.3g}")
+    return float(f"{(0.6 if family in LOWER else 1.0) * min(0.02, 0.5 / width):.3g}")
 
 
 # ------------------------------------------------------------------------------------------------ configs

@@ -85,6 +85,8 @@ class RunRecord:
     routing: dict[str, Any] | None = _column(
         "of experts: balance loss, entropies (nats), max violation, drop rate, as train_loss; load at the end by layer"
     )
+    start: str | None = _column("hash of the parameters that it started from; None: random ones")
+    start_train: str | None = _column("of such a run: all | new, the tensors that the start did not have")
 
     seconds: float | None = _measured("s, all attempts, compilation and evaluation included")
     step_seconds: float | None = _measured("s, median time between steps")

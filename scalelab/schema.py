@@ -136,6 +136,12 @@ def base() -> Config:
             **{section: dict(fields) for section, fields in LATER_SECTIONS.items()},
         }
     )
+    config.start = ConfigDict(
+        {
+            "path": "",  # a run's folder or an imported model, whose parameters are taken; "": none
+            "train": "all",  # all | new: the tensors that the start does not have
+        }
+    )
     config.data = ConfigDict(
         {
             # name -> kind (text | tokens | synthetic), path ("": the embedded corpus), weight in the mixture
@@ -188,14 +194,19 @@ def base() -> Config:
     return config
 
 
-# What a run is, is independent of where, how visibly and how safely it runs: these never enter its id. Nor does the
-# tokenizer's name, which may be a path: the content hashes know the tokenizer.
-OUTSIDE_ID = ("checkpoint", "log", "mesh", "runs", "data.threads", "data.tokenizer")
+# What a run is, is independent of where, how visibly and how safely it runs: these never enter its id. Nor do the
+# tokenizer's name, which may be a path, and where the parameters lie that it starts from: the content hashes know both.
+OUTSIDE_ID = ("checkpoint", "log", "mesh", "runs", "data.threads", "data.tokenizer", "start.path")
 # Fields added after schema 1, with the default under which the older runs ran: left out of the id where equal.
 ADDED_LATER: dict[str, Any] = {
     f"model.{section}.{name}": value for section, fields in LATER_SECTIONS.items() for name, value in fields.items()
 }
-ADDED_LATER |= {"model.positions": 0, "model.attention.qk_norm_full": False, "model.attention.qkv_bias": False}
+ADDED_LATER |= {
+    "start.train": "all",
+    "model.positions": 0,
+    "model.attention.qk_norm_full": False,
+    "model.attention.qkv_bias": False,
+}
 
 # ------------------------------------------------------------------------------------------------ validation
 
@@ -227,6 +238,9 @@ def validate(config: Config) -> None:
     for name, source in data.sources.items():
         choice(f"data.sources.{name}.kind", source.kind, ("text", "tokens", "synthetic"))
         at_least(f"data.sources.{name}.weight", source.weight, 0, above=True)
+    choice("start.train", config.start.train, ("all", "new"))
+    if config.start.train == "new" and not config.start.path:
+        raise BadInput("config.start.train", "new", "needs config.start.path, the parameters to start from")
     choice("optim.name", optim.name, ("adamw",))
     choice("optim.schedule", optim.schedule, ("cosine", "wsd", "constant"))
     at_least("optim.lr", optim.lr, 0, above=True)

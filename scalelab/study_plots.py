@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from scalelab.errors import BadInput
-from scalelab.plots import COLOURS, GREY, MARKERS, SIZE, _human_log, _power_log, human, legend_above, new_axes
+from scalelab.plots import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    SIZE,
+    human,
+    human_log,
+    legend_above,
+    new_axes,
+    plain_log,
+    power_log,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from scalelab.laws import Fit, Plan, Ranking
@@ -46,7 +58,7 @@ def profile(found: Profile, fit: Fit, ax: Axes | None = None) -> Axes:
     known = x[near] if near.any() else x
     if known.min() > 0 and known.max() > 4 * known.min():
         ax.set_xscale("log")
-        _human_log(ax, "x")
+        human_log(ax, "x")
     ax.set(xlabel=found.name, ylabel="2 ΔV / scale", ylim=(-0.25 * quantile**2, 2.5 * quantile**2))
     _title(ax, *lines)
     return ax
@@ -82,7 +94,7 @@ def sensitivity(fit: Fit, C: float | None = None, ax: Axes | None = None) -> Axe
     values = table[column].dropna()
     if len(values) and values.min() > 0 and values.max() > 8 * values.min():
         ax.set_xscale("log")
-        _human_log(ax, "x")
+        human_log(ax, "x")
     ax.set_yticks(range(len(order)), order)
     ax.set(ylim=(len(order) - 0.5, -0.5), xlabel=f"{name.replace('D/N', 'D*/N*')} at {at}")
     said = ["grey: 95 % interval of this fit"] * bool(np.isfinite(own).all())
@@ -123,25 +135,30 @@ def trim_drift(fit: Fit, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def expanding(fit: Fit, ax: Axes | None = None) -> Axes:
-    """Error against distance: every prediction of an expanding window, and means per half decade beside baselines."""
+def expanding(fits: Mapping[str, Fit], ax: Axes | None = None, cuts: Sequence[float] | None = None) -> Axes:
+    """Mean held-out error against the distance from the largest run fitted, in decades, over many cuts; the baselines
+    are the first fit's. Bins hold the predictions of all cuts up to that distance and beyond the one before; of one fit
+    alone each prediction is a point."""
     ax = new_axes(ax)
-    found = fit.expanding()
-    if not found.ok:
-        return _nothing(ax, f"no expanding window: {found.reason}")
-    methods = [c for c in found.by_distance.columns if c != "predictions"]
-    ax.plot(found.table["decades"], _finite(found.table["law"].abs()), ".", color=COLOURS[0], markersize=3, alpha=0.35)
-    ends = found.by_distance.index.to_numpy(float)
-    for name, colour, marker in zip(methods, (COLOURS[0], COLOURS[4], COLOURS[2]), ("o", "^", "s"), strict=True):
-        label = fit.law.name if name == "law" else name
-        ax.plot(ends - 0.25, _finite(found.by_distance[name]), marker=marker, color=colour, markersize=5, label=label)
-    lowest = 0.3 * float(found.by_distance[methods].to_numpy().min())
-    ax.set(yscale="log", xlabel=f"decades of {found.called} beyond the fit", ylabel="relative error")
-    ax.set_ylim(max(lowest, 1e-6), min(ax.get_ylim()[1], 10.0))
-    ax.set_xlim(0, 1.03 * max(ends.max(), float(found.table["decades"].to_numpy().max())))
-    _percent(ax)
-    _title(ax, f"{len(found.errors)} cuts, {len(found.table)} predictions; lines: means per half decade")
-    legend_above(ax, 3)
+    windows = {name: fit.expanding(cuts) for name, fit in fits.items()}
+    if whys := [f"{name}: {window.reason}" for name, window in windows.items() if not window.ok]:
+        return _nothing(ax, "no hold-out\n" + "\n".join(whys))
+    for i, (name, window) in enumerate(windows.items()):
+        error: Any = window.by_distance["law"]
+        colour = COLOURS[i % len(COLOURS)]
+        ax.plot(error.index, 100 * _finite(error), MARKERS[i % len(MARKERS)] + "-", color=colour, label=name, zorder=3)
+    first = next(iter(windows.values()))
+    if len(fits) == 1:
+        ax.scatter(first.table["decades"], 100 * _finite(first.table["law"].abs()), s=4, color=COLOURS[0], alpha=0.3)
+    for name, style in zip(first.by_distance.columns[2:], (":", "--"), strict=True):
+        ax.plot(first.by_distance.index, 100 * _finite(first.by_distance[name]), style, color=GREY, label=name)
+    decades = "compute" if first.called == "C" else first.called
+    ax.set(yscale="log", xlabel=f"decades of {decades} beyond the fit, up to", ylabel="mean held-out error (%)")
+    ax.set_xticks(first.by_distance.index)
+    means = 100 * _finite(np.concatenate([w.by_distance.to_numpy(float)[:, 1:].ravel() for w in windows.values()]))
+    ax.set_ylim(0.2 * means.min(), min(5 * means.max(), 1e4))  # room for the legend
+    plain_log(ax, "y")
+    ax.legend(fontsize="small", frameon=False, ncols=2, loc="upper left")
     return ax
 
 
@@ -162,7 +179,7 @@ def leave_group_out(fit: Fit, group: str, ax: Axes | None = None) -> Axes:
     if numbers:
         what = "compute of the budget (FLOP)" if group == "budget" else LABELS.get(group, group)
         ax.set(xscale="log", yscale="log", xlabel=f"{what} left out", ylabel="relative error")
-        (_power_log if group == "budget" else _human_log)(ax, "x")
+        (power_log if group == "budget" else human_log)(ax, "x")
         _percent(ax)
     else:
         ax.set_yticks(place, [str(v) for v in known.index])
@@ -263,7 +280,7 @@ def prediction(fit: Fit, table: Table | None = None, x: str | None = None, ax: A
         said = (*said, "grey: beyond the data")
     ax.set_xlim(ends)
     if ax.get_xscale() == "log":
-        (_power_log if role == "flops" else _human_log)(ax, "x")
+        (power_log if role == "flops" else human_log)(ax, "x")
     _title(ax, "; ".join(said))
     ax.legend(fontsize="small", frameon=False)
     return ax
@@ -335,8 +352,8 @@ def beside_isoflop(fit: Fit, ax: Axes | None = None) -> Axes:
     ax.plot(C * 1.06, table["isoflop"] / table["bias"], "s", markerfacecolor="white", color=COLOURS[1], markersize=4.5,
             label="less their bias")  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel="optimal parameters N*")
-    _human_log(ax, "y")
-    _power_log(ax, "x")
+    human_log(ax, "y")
+    power_log(ax, "x")
     _title(ax, f"intervals: 95 %; they overlap at {table['overlap'].to_numpy().sum()} of {len(table)} budgets")
     ax.legend(fontsize="small", frameon=False)
     return ax

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from scalelab import config as configs
-from scalelab import data, flops, models, records
+from scalelab import data, flops, models, records, start
 from scalelab.config import RunSpec
 from scalelab.errors import BadInput
 from scalelab.paths import make_folder, write_atomically
@@ -161,12 +161,12 @@ def plan(config: Config, corpora: Corpora | None = None) -> PlannedRun:
     kept = 3 * weights * len(keep_at)
     metrics = 200 * config.train.steps
     return PlannedRun(
-        spec=RunSpec(config, corpus.content),
+        spec=RunSpec(config, start.content(config, corpus)),
         params=counts.total,
         params_non_embedding=counts.non_embedding,
         steps=config.train.steps,
         tokens=tokens,
-        flops=flops.conventions(model, config.data.seq_len, tokens)["flops"],
+        flops=start.flops_per_token(config, model) * tokens,
         epochs=tokens / corpus.unique_tokens if corpus.unique_tokens else None,
         disk=final + kept + metrics,
         # While one checkpoint is being written, the older ones are still there.
@@ -188,9 +188,7 @@ def steps_for(budget: float, least: int = 20) -> Callable[[Config], int]:
     """Steps that spend a training budget in FLOP (exact convention). Fewer than `least` are refused."""
 
     def steps(config: Config) -> int:
-        step = (
-            flops.per_token(config.model, config.data.seq_len).training * config.data.batch_size * config.data.seq_len
-        )
+        step = start.flops_per_token(config, config.model) * config.data.batch_size * config.data.seq_len
         count = round(budget / step)
         if count < least:
             raise BadInput("budget", budget, f"is {budget / step:.1f} steps of {step:.3g} FLOP; needs at least {least}")

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from scalelab import data, flops, models, optim, parametrization, records, sharding
+from scalelab import data, flops, models, optim, parametrization, records, sharding, start
 from scalelab.checkpoint import Checkpoints
 from scalelab.config import RunSpec, validate
 from scalelab.errors import BadInput
@@ -74,17 +74,24 @@ def make_nll(
 
 
 def make_step(
-    config: Config, model: Config, nll: Callable[..., Any], optimizer: optax.GradientTransformation
+    config: Config,
+    model: Config,
+    nll: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    trained: Any = None,
 ) -> Callable[[TrainState, Int[Array, "B T+1"], Any], tuple[TrainState, dict[str, Any]]]:
     """(state, rows, learning rate) -> (state, metrics): one update on a global batch. Not jitted yet.
 
     The batch is cut into `accum_steps` parts. Loss and gradient are sums over all target tokens divided by their number
     in the whole batch, whatever the parts; a loss on how the whole batch was routed needs a pass before that counts.
+    With `trained`, a tree of bool, only those tensors have gradients, optimizer state and updates.
     """
     parts, z_loss = config.train.accum_steps, config.train.z_loss
 
-    def objective(params: Any, rows: Int[Array, "b T+1"], whole: Any = None) -> tuple[Array, tuple[Array, Any]]:
-        losses, lse, aux = nll(params, rows)
+    def objective(
+        own: Any, params: Any, rows: Int[Array, "b T+1"], whole: Any = None
+    ) -> tuple[Array, tuple[Array, Any]]:
+        losses, lse, aux = nll(start.put(params, own), rows)
         loss, blocks = jnp.sum(losses), aux["loss"]
         if whole is not None:
             blocks += models.counters.rest_of_loss(model, aux, whole)
@@ -100,20 +107,23 @@ def make_step(
         return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, f(part)), None), zero, cut)[0]
 
     def step(state: TrainState, rows: Int[Array, "B T+1"], rate: Any) -> tuple[TrainState, dict[str, Any]]:
+        own = start.part(state.params, trained)
         if parts == 1:
-            grads, (loss, counted) = gradient(state.params, rows)
+            grads, (loss, counted) = gradient(own, state.params, rows)
         else:
             # Every device cuts its own rows, so that no row moves.
             cut = rows.reshape(-1, parts, rows.shape[1]).swapaxes(0, 1)
             whole = None
             if models.counters.joint(model):
                 whole = total(lambda part: models.counters.counters(nll(state.params, part)[2]), cut)
-            grads, (loss, counted) = total(lambda part: gradient(state.params, part, whole), cut)
+            grads, (loss, counted) = total(lambda part: gradient(own, state.params, part, whole), cut)
         tokens = rows.shape[0] * (rows.shape[1] - 1)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        params = models.counters.after_step(model, params, counted)
+        updates, opt_state = optimizer.update(grads, state.opt_state, own)
+        own = jax.tree.map(lambda p, u: p - rate * u, own, updates)
+        params = start.put(state.params, own)
+        if trained is None:  # a frozen router keeps its selection bias
+            params = models.counters.after_step(model, params, counted)
         metrics = {"loss": loss / tokens, "grad_norm": optax.tree.norm(grads)}
         metrics |= models.counters.summary(model, counted)
         return TrainState(params, opt_state, state.step + 1), metrics
@@ -129,14 +139,16 @@ class Trainer:
         self.mesh = sharding.mesh(config)
         self.config = config
         _, shapes = models.abstract(self.model)
+        self.trained = start.trained(config, self.model)
         mask = parametrization.decay_mask(models.roles(self.model), config.optim.decay_embeddings)
-        self.optimizer = optim.optimizer(config.optim, mask)
+        self.optimizer = optim.optimizer(config.optim, start.part(mask, self.trained))
         nll, training_nll = (
             make_nll(config, self.model, corpus.bos, training=training, shards=self.mesh.size)
             for training in (False, True)
         )
         everywhere = sharding.replicated(self.mesh)
-        self.step = jax.jit(make_step(config, self.model, training_nll, self.optimizer), donate_argnums=0)
+        step = make_step(config, self.model, training_nll, self.optimizer, self.trained)
+        self.step = jax.jit(step, donate_argnums=0)
         self.nll = jax.jit(lambda params, rows: nll(params, rows)[0], out_shardings=everywhere)
         self._init = jax.jit(self._initial, out_shardings=everywhere)
         self.abstract = jax.tree.map(
@@ -146,10 +158,14 @@ class Trainer:
 
     def _initial(self, seed: Any) -> TrainState:
         params = models.init(self.model, jax.random.key(seed))
-        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+        opt_state = self.optimizer.init(start.part(params, self.trained))
+        return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
 
     def initial_state(self) -> TrainState:
-        return self._init(np.uint32(self.config.seed))
+        state = self._init(np.uint32(self.config.seed))
+        if not self.config.start.path:
+            return state
+        return state._replace(params=start.overlay(state.params, self.config.start.path))
 
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -172,10 +188,10 @@ def run(spec: RunSpec, runs: str | os.PathLike[str] | None = None, sinks: Sequen
     validate(spec.config)
     use_compilation_cache()
     corpus = data.open(spec.config.data)
-    if dict(corpus.content) != dict(spec.content):
-        raise BadInput(
-            "spec.content", spec.content, f"the data has changed since the run was planned: {corpus.content}"
-        )
+    content = start.content(spec.config, corpus)
+    if content != dict(spec.content):
+        what = "start" if content.get(start.CONTENT) != spec.content.get(start.CONTENT) else "data"
+        raise BadInput("spec.content", spec.content, f"the {what} has changed since the run was planned: {content}")
     trainer = Trainer(spec.config, corpus)  # everything that can be refused is refused before the folder exists
     with records.run_lock(folder):
         with contextlib.suppress(FileNotFoundError):
@@ -253,18 +269,18 @@ class Attempt:
 
     # -------------------------------------------------------------------------------------------- loop
 
-    def loop(self, state: TrainState, start: int) -> str | None:
-        """Trains from update `start` to the end. Returns why the run diverged, or None."""
+    def loop(self, state: TrainState, done: int) -> str | None:
+        """Trains from update `done` to the end. Returns why the run diverged, or None."""
         config, steps, trainer = self.config, self.steps, self.trainer
         full_at_end = config.checkpoint.final == "all" or steps in config.checkpoint.keep_at
         every = max(1, round(config.train.eval_every * steps)) if config.train.eval_every else steps
-        stream = self.corpus.stream(config.data_seed, start)
+        stream = self.corpus.stream(config.data_seed, done)
         saved_at = time.perf_counter()
         running: tuple[int, Any] | None = None  # the step whose metrics have not been read yet
         rate = optim.schedule(config.optim, steps)
         reason, self.last_read = None, None
         with stop_signal() as stop, contextlib.closing(stream):
-            for step in range(start + 1, steps + 1):
+            for step in range(done + 1, steps + 1):
                 rows = sharding.put_rows(next(stream), trainer.mesh)
                 state, metrics = trainer.step(state, rows, np.float32(rate(step - 1)))
                 if running is not None and (reason := self._read(*running)):
@@ -344,6 +360,7 @@ class Attempt:
         tokens = steps * batch_tokens
         counts = flops.counts(model)
         compute = flops.conventions(model, config.data.seq_len, tokens)
+        compute["flops"] = start.flops_per_token(config, model) * tokens
         held_out = {} if reason else lines[-1]["held_out"]
         tail = lines[-max(1, len(lines) // 10) :]
         routing = None
@@ -372,6 +389,7 @@ class Attempt:
             loss=held_out.get("loss"), loss_se=held_out.get("loss_se"),
             bpb=held_out.get("bpb"), bpb_se=held_out.get("bpb_se"), held_out=held_out.get("sources", {}),
             train_loss=mean([line["loss"] for line in tail]), entropy=corpus.entropy, routing=routing,
+            start=self.spec.content.get(start.CONTENT), start_train=config.start.train if config.start.path else None,
             seconds=round(self._seconds(), 3), step_seconds=step_seconds,
             tokens_per_second=batch_tokens / step_seconds if step_seconds else None,
             flops_per_second=rate, mfu=rate / (peak * len(devices)) if rate and peak else None,

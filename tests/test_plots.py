@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "laws"))
 from planted import best_size, curves, sweep
 
-from scalelab import laws, plots
+from scalelab import laws, plots, study_plots
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,47 @@ def test_holdout_without_enough_runs_says_why():
     assert "no hold-out" in plots.holdout(fit).texts[0].get_text()
 
 
+def test_expanding_shows_each_law_beside_the_baselines(world):
+    other = laws.fit("kaplan", sweep(noise=0.003), bootstrap=0)
+    ax = study_plots.expanding({"surface": world["fit"], "Kaplan": other})
+    assert texts(ax) == ["surface", "Kaplan", "nearest run", "power law in C"]
+    expected = world["fit"].expanding().by_distance
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), 100 * expected["law"])
+    np.testing.assert_allclose(ax.lines[2].get_ydata(), 100 * expected["nearest run"])
+    assert world["fit"].plot.expanding(ax) is ax
+    few = laws.fit("chinchilla", sweep(budgets=(1e18, 1e20), sizes=4), bootstrap=0)
+    assert "no hold-out" in study_plots.expanding({"few": few}).texts[0].get_text()
+
+
+def test_allocation_takes_an_envelope_too(world):
+    curves = world["curves"].merge(world["table"][["id", "params"]], on="id")
+    found = laws.envelope(curves, bootstrap=20)
+    axes = plots.allocation({"surface": world["fit"], "envelope": found}, [1e18, 1e21])
+    assert texts(axes[0]) == ["surface", "envelope"]
+    np.testing.assert_allclose(axes[0].lines[1].get_ydata()[-1], found.optimal(1e21)["params"], rtol=1e-9)
+
+
+def test_figures_of_a_law_without_parameters_or_loss():
+    table = pd.DataFrame({"batch_tokens": np.geomspace(1e4, 1e7, 12)})
+    steps = laws.simulate("critical-batch", table, 0.02, params={"S_min": 4000.0, "B_crit": 1e6})
+    fit = laws.fit("critical-batch", steps, bootstrap=50)
+    assert plots.measured(fit).get_xlabel() == "batch_tokens"
+    ax = plots.holdout(fit)
+    assert ax.get_ylabel() == "predicted steps"
+    assert "power law in batch_tokens" in texts(ax)[1]
+
+
+@pytest.mark.parametrize(
+    ("width", "labels"), [(2.0, ["100M", "1B"]), (6.0, ["100M", "200M", "500M", "1B", "2B", "5B"])]
+)
+def test_ticks_leave_room_for_their_labels(width, labels):
+    ax = plots.new_axes(size=(width, 3.0))
+    ax.set(xscale="log", xlim=(9e7, 7e9))
+    plots.human_log(ax, "x")
+    ticks = [v for v in ax.xaxis.get_majorticklocs() if 9e7 <= v <= 7e9]
+    assert [ax.xaxis.get_major_formatter()(v, 0) for v in ticks] == labels
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(950, "950"), (1234567, "1.23M"), (999999, "1M"), (2e9, "2B"), (3e12, "3T")]
 )
@@ -127,6 +169,7 @@ def test_every_figure_can_be_drawn(world, tmp_path):
         "measured": lambda: plots.measured(world["fit"]),
         "allocation": lambda: plots.allocation({"a": world["fit"], "b": world["isoflop"]}, [1e18, 1e21])[0],
         "holdout": lambda: plots.holdout(world["fit"]),
+        "expanding": lambda: study_plots.expanding({"a": world["fit"]}),
     }
     for name, function in draw.items():
         function().figure.savefig(tmp_path / f"{name}.png", dpi=50)

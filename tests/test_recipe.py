@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from scalelab import flops, recipe
+from scalelab import flops, recipe, sweep
 from scalelab.config import base, override
 from scalelab.errors import BadInput
 
@@ -48,3 +48,22 @@ def test_what_is_too_small_is_refused():
         recipe.sized("transformer", 100)
     with pytest.raises(BadInput, match="must be one of"):
         recipe.sized("perceptron", 1e6)
+
+
+def test_an_isoflop_sweep_of_families_gives_each_its_own_config_at_equal_compute():
+    alone = sweep.expand("isoflop:budgets=3e12,sizes=3,span=2", {})
+    both = sweep.expand("isoflop:families=transformer:moe:hybrid,budgets=3e12,sizes=3,span=2", {})
+    by_family = {}
+    for run in both.runs:
+        by_family.setdefault(run.spec.config.family, []).append(run)
+    assert list(by_family) == ["transformer", "moe", "hybrid"]
+    assert [run.spec.id for run in by_family["transformer"]] == [run.spec.id for run in alone.runs]
+    for family, runs in by_family.items():
+        assert [run.flops for run in runs] == pytest.approx([3e12] * 3, rel=0.01)
+        for run in runs:
+            model = run.spec.config.model
+            want = override(base(), recipe.shape(family, model.width)).model
+            assert {**model.to_dict(), "compute_dtype": ""} == {**want.to_dict(), "compute_dtype": ""}
+            assert run.spec.config.data_seed == 0
+    with pytest.raises(BadInput, match="family = 'mambo': must be one of transformer"):
+        sweep.expand("isoflop:families=mambo", {})

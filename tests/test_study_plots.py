@@ -97,7 +97,7 @@ def test_nothing_overlaps_at_half_a_pages_width(world, name):
         for a, b in itertools.pairwise(shown):
             assert getattr(a, high) <= getattr(b, low) + 1, (name, axis)
     whole = figure.bbox
-    boxes = [ax.title.get_window_extent(render), ax.xaxis.label.get_window_extent(render)]
+    boxes = [t.get_window_extent(render) for t in (ax.title, ax.xaxis.label) if t.get_text()]
     if ax.get_legend():
         boxes.append(ax.get_legend().get_window_extent(render))
         assert not boxes[0].overlaps(boxes[-1]) or not ax.get_title()
@@ -150,13 +150,15 @@ def test_trim_drift_is_in_half_widths(world):
     assert legend(ax) == list(world.fit.names)
 
 
-def test_expanding_shows_means_by_distance(world):
+def test_expanding_shows_means_by_distance_and_every_prediction(world):
     found = world.fit.expanding()
     ax = world.fit.plot.expanding()
     for column, label in (("law", "chinchilla"), ("nearest run", "nearest run")):
-        np.testing.assert_allclose(lines(ax, label).get_ydata(), found.by_distance[column])
-    np.testing.assert_allclose(ax.lines[0].get_xdata(), found.table["decades"])
-    assert "decades of C" in ax.get_xlabel()
+        np.testing.assert_allclose(lines(ax, label).get_ydata(), 100 * found.by_distance[column])
+    points = ax.collections[0].get_offsets()
+    np.testing.assert_allclose(points[:, 0], found.table["decades"])
+    np.testing.assert_allclose(points[:, 1], 100 * found.table["law"].abs())
+    assert not study_plots.expanding({"a": world.fit, "b": world.fit}).collections
 
 
 def test_leave_group_out_by_name_and_by_size(world):
@@ -268,7 +270,7 @@ def test_multiplier_shows_the_crossing(world):
 
 def test_what_cannot_be_drawn_says_why():
     few = laws.fit("chinchilla", sweep(budgets=(1e18, 1e20), sizes=4), bootstrap=0)
-    assert "no expanding window" in few.plot.expanding().texts[0].get_text()
+    assert "no hold-out" in few.plot.expanding().texts[0].get_text()
     assert "no budget can be left out" in few.plot.leave_group_out("budget").texts[0].get_text()
     assert not few.plot.prediction().collections  # a point fit has no band
     assert study_plots.trim_drift(laws.fit("chinchilla", sweep(noise=0.003), bootstrap=0)).get_title()

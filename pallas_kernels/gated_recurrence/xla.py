@@ -7,6 +7,7 @@ Heads stand before tokens throughout: with heads last, XLA's CPU backend took th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,14 @@ F32 = jnp.float32
 
 
 def gated_recurrence(
+    q: Array, k: Array, v: Array, log_decay: Array, state: Array | None, reset: Array | None, chunk: int
+) -> tuple[Array, Array]:
+    # Only the inputs are kept for the backward pass: to work the chunks out again costs less than to write scores and
+    # decays of every layer into a scan's stack and read them back.
+    return jax.checkpoint(functools.partial(_forward, chunk=chunk), prevent_cse=False)(q, k, v, log_decay, state, reset)
+
+
+def _forward(
     q: Array, k: Array, v: Array, log_decay: Array, state: Array | None, reset: Array | None, chunk: int
 ) -> tuple[Array, Array]:
     (B, T, H, dv), (G, dk) = v.shape, k.shape[2:]
@@ -35,6 +44,7 @@ def gated_recurrence(
         """(B, C, G, ...) of the groups -> (B, C, H, ...)."""
         return a if G == H else jnp.repeat(a, H // G, axis=2)
 
+    R = H // G  # heads of a group
     q, k, v = (by_head(a.astype(v.dtype)) for a in (q, k, v))
     b = jnp.cumsum(by_head(log_decay.astype(F32)), axis=3)  # (B, C, H, Q), inclusive
     seen = jnp.tril(jnp.ones((Q, Q), bool))
@@ -52,8 +62,21 @@ def gated_recurrence(
     scores = jnp.einsum("bcgtk,bcgsk->bcgts", q, k, preferred_element_type=F32)
     weights = (per_head(scores) * decay).astype(v.dtype)
     out = jnp.einsum("bchts,bchsv->bchtv", weights, v, preferred_element_type=F32)
-    writing = (per_head(k) * left[..., None]).astype(v.dtype)
-    added = jnp.einsum("bchsk,bchsv->bchkv", writing, v, preferred_element_type=F32)
+
+    # Decays go with the values, not with the keys, which may be shared: heads of a group stand beside each other in
+    # one product with their key.
+    def beside(a: Array) -> Array:
+        """(B, C, H, m, n) -> (B, C, G, m, R n)."""
+        a = jnp.moveaxis(a.reshape(B, -1, G, R, *a.shape[3:]), 3, 4)
+        return a.reshape(*a.shape[:4], -1)
+
+    def apart(a: Array) -> Array:
+        """(B, C, G, m, R n) -> (B, C, H, m, n)."""
+        a = jnp.moveaxis(a.reshape(*a.shape[:4], R, -1), 4, 3)
+        return a.reshape(B, -1, H, *a.shape[4:])
+
+    writing = beside((v * left[..., None]).astype(v.dtype))
+    added = apart(jnp.einsum("bcgsk,bcgsv->bcgkv", k, writing, preferred_element_type=F32))
     start = jnp.zeros((B, H, dk, dv), F32) if state is None else state.astype(F32)
 
     def pass_on(S: Array, x: Any) -> tuple[Array, Array]:
@@ -61,9 +84,8 @@ def gated_recurrence(
         return keep[..., None] * S + new, S
 
     final, before = jax.lax.scan(pass_on, start, (jnp.moveaxis(carried, 1, 0), jnp.moveaxis(added, 1, 0)))
-    before = jnp.moveaxis(before, 0, 1).astype(v.dtype)
-    reading = (per_head(q) * entering[..., None]).astype(v.dtype)
-    out += jnp.einsum("bchtk,bchkv->bchtv", reading, before, preferred_element_type=F32)
+    before = beside(jnp.moveaxis(before, 0, 1).astype(v.dtype))
+    out += entering[..., None] * apart(jnp.einsum("bcgtk,bcgkv->bcgtv", q, before, preferred_element_type=F32))
     return jnp.moveaxis(out, 2, 3).reshape(B, C * Q, H, dv)[:, :T].astype(v.dtype), final
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from scalelab.errors import BadInput
 from scalelab.laws.progress import progress
+from scalelab.laws.shown import Shown
 from scalelab.laws.target import target_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ DRAWS = 200  # of each simulation's bootstrap
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
+class Calibration(Shown):
     """How often `level` intervals held the truth in `simulations` of the fit's own design.
 
     `table`: a row per parameter and for the loss at the target, with coverage, its binomial standard error, the median

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import pathlib
@@ -15,12 +14,13 @@ from scalelab.errors import BadInput
 from scalelab.laws.contrast import NO_VERDICT
 from scalelab.laws.notices import Notice
 from scalelab.laws.result import SCHEMA, jsonable
+from scalelab.laws.shown import Notices, Shown, worst_first
 from scalelab.paths import save
 
 AT = ("compute", "params", "tokens", "seconds")
 
 
-class Comparison:
+class Comparison(Shown):
     """Arms against a reference, see `laws.compare`.
 
     `contrasts` has a row per (arm, what is equal, C); `curves` an arm's compute-optimal N, D and loss at each C;
@@ -50,10 +50,9 @@ class Comparison:
         return self.record["arms"][1:]
 
     @property
-    def warnings(self) -> list[Notice]:
+    def warnings(self) -> Notices:
         """Findings, worst first."""
-        rank = {"error": 0, "warning": 1, "note": 2}
-        return sorted(self._notices, key=lambda n: rank[n.severity])
+        return worst_first(self._notices)
 
     @property
     def ok(self) -> bool:
@@ -102,7 +101,7 @@ class Comparison:
                     f"{'' if row['inside'] else ' (outside the data)'}"
                 )
             lines.append(self.crossing_line(arm))
-        return "\n".join([*lines, "", *(map(str, self.warnings) if self._notices else ["no warnings"])])
+        return "\n".join([*lines, "", str(self.warnings)])
 
     def crossing_line(self, arm: str) -> str:
         """Where an arm crosses the reference, in words."""
@@ -117,9 +116,6 @@ class Comparison:
         codes = sorted({n.code for n in self._notices})
         warned = f" warnings: {', '.join(codes)}" if codes else ""
         return f"<Comparison of {', '.join(self.arms)} against {self.reference}{warned}>"
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(self.summary())}</pre>"
 
     @property
     def plot(self) -> ComparisonPlot:
@@ -175,7 +171,7 @@ class ComparisonPlot:
 
         ax = self._bands(ax, "multiplier", "multiplier_lower", "multiplier_upper", 1.0)
         ax.set(yscale="log", ylabel=f"compute for the loss\nof {self._of.reference} (× C)")
-        plots._plain_log(ax, "y")
+        plots.plain_log(ax, "y")
         return ax
 
     def difference(self, ax: Any = None) -> Any:
@@ -216,6 +212,6 @@ class ComparisonPlot:
         ax.set_xlim(left, right)
         title = f"bands: {100 * self._of.record['level']:g} % intervals\nhollow: no verdict; grey: outside the data"
         ax.set_title(title, fontsize="small", color=plots.GREY)
-        plots._power_log(ax, "x")
+        plots.power_log(ax, "x")
         ax.legend(fontsize="small", frameon=False)
         return ax

@@ -69,7 +69,7 @@ class Plot:
         """Error against distance in decades, over an expanding window, beside baselines."""
         from scalelab import study_plots
 
-        return study_plots.expanding(self._fit, ax)
+        return study_plots.expanding({self._fit.law.name: self._fit}, ax)
 
     def leave_group_out(self, group: str, ax: Any = None) -> Any:
         """Error on each group (a role, or "budget") predicted by a fit to the others, beside baselines."""

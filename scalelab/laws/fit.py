@@ -20,6 +20,7 @@ from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
 from scalelab.laws.prediction import Prediction
 from scalelab.laws.result import Result, jsonable
+from scalelab.laws.shown import Notices
 from scalelab.laws.table import Rows, Table, inputs_of
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Fit(Result):
         return self._notices
 
     @property
-    def warnings(self) -> list[Notice]:
+    def warnings(self) -> Notices:
         """All findings about the data and the fit, worst first. The first access runs the refits that some need."""
         if not self._studied:
             self._studied = True

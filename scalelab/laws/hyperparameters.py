@@ -19,6 +19,7 @@ from scalelab.errors import BadInput
 from scalelab.laws.fit import Fit
 from scalelab.laws.forms.rules import StepLawBatch, StepLawLr
 from scalelab.laws.notices import Notice, name_rows
+from scalelab.laws.shown import Shown
 from scalelab.laws.table import Rows, Table, prepare
 
 INPUTS = ("params_non_embedding", "tokens", "lr", "batch_tokens")
@@ -97,7 +98,7 @@ def _excess(rule: Rule, grid: Grid, runs: np.ndarray) -> dict[str, float]:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepLaw:
+class StepLaw(Shown):
     """lr = c N^a D^b and batch = c D^b, each a `Fit`, and the runs that they were fitted to.
 
     `cells` has a row per (N, D): runs, kept, best loss, and the columns in which the best run is on its grid's edge.
@@ -115,6 +116,20 @@ class StepLaw:
         (c, a, b), (batch_c, batch_b) = self.lr.estimate, self.batch.estimate
         N, D = float(params_non_embedding), float(tokens)
         return c * N**a * D**b, batch_c * D**batch_b
+
+    def summary(self, level: float = 0.95) -> str:
+        """The cells, both laws with their intervals, and what the rule gives away on the cells, as text."""
+        lines = [
+            f"Step Law: {len(self.grid.rows)} runs in {len(self.cells)} cells of (N, D), {len(self.selected)} of them "
+            f"within {self.within:.2%} of their cell's best"
+        ]
+        for fit in (self.lr, self.batch):
+            lines += ["", fit.law.equation, *fit.parameter_lines(level)]
+        lines.append("")
+        for where, excess in (("the same cells", self.excess()), ("each cell, fitted to the others", self.holdout())):
+            mean, most = excess["excess"].mean(), excess["excess"].max()
+            lines.append(f"loss given away on {where}: {mean:.3%} on average, {most:.3%} at most")
+        return "\n".join([*lines, "", *self.lr.notice_lines()])
 
     def predict(self, table: Table, level: float = 0.95) -> pd.DataFrame:
         """lr and batch_tokens at a table's `params_non_embedding` and `tokens`, each with its lower and upper end."""

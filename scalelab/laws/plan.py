@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import os
 import pathlib
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from scalelab.laws.fit import Fit
 from scalelab.laws.notices import Notice
 from scalelab.laws.progress import progress
 from scalelab.laws.regression import Regression
+from scalelab.laws.shown import Notices, Shown, worst_first
 from scalelab.laws.simulate import residual_noise
 from scalelab.laws.solver import minimise
 from scalelab.laws.table import Rows, Table
@@ -256,7 +256,7 @@ def _score(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """Designs and what to expect of them.
 
     `table` has a row per design, narrowest first: runs, flops, loss_width (expected width of the interval of the loss
@@ -274,7 +274,7 @@ class Plan:
     n: int
 
     @property
-    def warnings(self) -> list[Notice]:
+    def warnings(self) -> Notices:
         """The fit's own, and `far-extrapolation` where the target lies beyond the budget's reach."""
         reach = max(self.budget, float(self.fit.rows.compute.max()))
         decades = float(np.log10(self.target / reach))
@@ -282,10 +282,8 @@ class Plan:
             return self.fit.warnings
         message = f"the target lies {decades:.2f} decades above the largest run that there will be."
         remedy = "the widths cover the noise, not a wrong form: aim nearer, or spend more."
-        return [
-            *self.fit.warnings,
-            Notice("far-extrapolation", "warning", message, remedy, {"decades": {"C": decades}}),
-        ]
+        far = Notice("far-extrapolation", "warning", message, remedy, {"decades": {"C": decades}})
+        return worst_first([*self.fit.warnings, far])
 
     def runs(self, design: str | None = None) -> list[dict[str, float]]:
         """The runs of a design (the recommended one): params, tokens, flops of each."""
@@ -337,10 +335,7 @@ class Plan:
             )
         lines += ["", f"recommended: {self.recommended}"]
         lines += [f"  N = {r['params']:.4g}, D = {r['tokens']:.4g}, C = {r['flops']:.4g}" for r in self.runs()]
-        return "\n".join([*lines, "", *(map(str, self.warnings) if self.warnings else ["no warnings"])])
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(self.summary())}</pre>"
+        return "\n".join([*lines, "", str(self.warnings)])
 
 
 CONFIG = '''"""Next runs by laws.plan: {name} of {budget:.4g} FLOPs, for the {law} law at {target:.4g} FLOPs.

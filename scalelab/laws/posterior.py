@@ -6,9 +6,9 @@ posterior is usually the narrower of the two (about half as wide on the Chinchil
 
 from __future__ import annotations
 
-import html
 import math
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from scalelab.laws.fit import Fit
 from scalelab.laws.notices import Notice
 from scalelab.laws.parameter import Parameter
 from scalelab.laws.regression import Constrained, FormRegression
+from scalelab.laws.shown import Shown, worst_first
 from scalelab.laws.traced import UNTRACEABLE, Traced
 
 FREEDOM = 4.0  # of Student's t
@@ -28,8 +29,9 @@ R_HAT, ENOUGH = 1.01, 400.0  # Vehtari et al. 2021
 
 
 def posterior(
-    fit: Fit, draws: int = 1000, *, warmup: int = 1000, chains: int = 2, likelihood: str | None = None, seed: int = 0
-) -> Posterior:
+    fit: Fit, draws: int = 1000, *, warmup: int = 1000, chains: int = 2, likelihood: str | None = None,
+    priors: Mapping[str, tuple[float, float]] | None = None, seed: int = 0,
+) -> Posterior:  # fmt: skip
     """Draws from the posterior of a fit's parameters, by the No-U-Turn sampler (Hoffman & Gelman 2014).
 
     Likelihood: residuals on the objective's scale (of logarithms, or of the target) are independent, sigma times
@@ -37,12 +39,14 @@ def posterior(
     squares); a row's weight multiplies its log-likelihood. Priors: each parameter's solver coordinate u (the logarithm
     of a parameter with a sign, the parameter itself without) is normal, centred in the law's search range, with half
     that range as standard deviation, and zero beyond its bounds; ln sigma is normal about one per cent of the target,
-    standard deviation 2. Fixed and tied parameters stay so.
+    standard deviation 2; or what `priors` says. Fixed and tied parameters stay so.
 
     Sampled in coordinates whitened by the fit's own covariance, compiled, in float64 within this call only.
 
     Args:
       draws, warmup: per chain.
+      priors: parameter -> (mean, standard deviation) of a normal prior on the parameter itself, as what an earlier
+        study found: {"E": (1.69, 0.05)}.
 
     Raises `FeatureMissing` without NumPyro (pip install 'scalelab[bayes]'), `BadInput` for a fit without a likelihood
     or a formula that JAX cannot trace (one that looks at values).
@@ -58,16 +62,18 @@ def posterior(
     for name, value, least in (("draws", draws, 10), ("warmup", warmup, 10), ("chains", chains, 1)):
         if value < least:
             raise BadInput(name, value, f"must be {least} or more")
-    density = Density(fit, kind)
+    density = Density(fit, kind, priors or {})
     z, divergences, diagnostics = _sample(density, draws, warmup, chains, seed)
-    return Posterior(fit, density.natural(z), np.exp(density.location[-1] + z @ density.scale[-1]), kind, divergences,
-                     diagnostics, {"draws": draws, "warmup": warmup, "chains": chains, "seed": seed})  # fmt: skip
+    record = {"draws": draws, "warmup": warmup, "chains": chains, "seed": seed}
+    record["priors"] = {name: list(prior) for name, prior in (priors or {}).items()}
+    sigma = np.exp(density.location[-1] + z @ density.scale[-1])
+    return Posterior(fit, density.natural(z), sigma, kind, divergences, diagnostics, record)
 
 
 class Density:
     """The log-posterior in whitened coordinates z: (free parameters' u, ln sigma) = location + scale z."""
 
-    def __init__(self, fit: Fit, kind: str):
+    def __init__(self, fit: Fit, kind: str, priors: Mapping[str, tuple[float, float]] | None = None):
         law, options = fit.law, fit.options
         self.law, self.kind, self.on = law, kind, options.objective.on
         form = FormRegression(law, fit.rows.columns, self.on)
@@ -86,6 +92,9 @@ class Density:
         level = 0.0 if self.on == "log" else math.log(float(np.median(np.abs(form.data))))
         self.mean = np.append(search.mean(1), NOISE[0] + level)
         self.sd = np.append(np.ptp(search, axis=1) / 2, NOISE[1])
+        self.priors = [(*self._place(name), *_normal(name, prior)) for name, prior in (priors or {}).items()]
+        for place, *_ in self.priors:
+            self.sd[place] = np.inf  # the wide prior of its coordinate is off
         self.lower, self.upper = (
             np.append(ends, pad) for ends, pad in ((problem.lower, -np.inf), (problem.upper, np.inf))
         )
@@ -94,10 +103,20 @@ class Density:
         sigma = max(float(np.sqrt((residual**2).sum() / max(1, len(residual) - len(u)))), 1e-9 * math.exp(level))
         jacobian = problem.jacobian(u)
         precision = jacobian.T @ (self.weights[:, None] * jacobian) / sigma**2 + np.diag(self.sd[:-1] ** -2.0)
+        for place, sign, _, sd in self.priors:
+            precision[place, place] += (math.exp(u[place]) if sign else 1.0) ** 2 / sd**2
         self.location = np.append(u, math.log(sigma))
         self.scale = np.zeros((len(u) + 1, len(u) + 1))
         self.scale[:-1, :-1] = np.linalg.cholesky(np.linalg.inv(precision))
         self.scale[-1, -1] = 1 / math.sqrt(2 * len(residual))
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """Which of the free coordinates a parameter is, and its sign."""
+        free = [self.names[i] for i in self.free]
+        if name not in free:
+            remedy = f"has no prior of its own; the free parameters are {', '.join(free)}"
+            raise BadInput("priors", name, remedy)
+        return free.index(name), self.specs[self.names.index(name)].sign
 
     def natural(self, z: Float[np.ndarray, "R P+1"]) -> Float[np.ndarray, "R P"]:
         """The law's parameters."""
@@ -122,7 +141,21 @@ class Density:
         each = -0.5 * r**2 if self.kind == "normal" else -0.5 * (FREEDOM + 1) * jnp.log1p(r**2 / FREEDOM)
         inside = jnp.all((t >= self.lower) & (t <= self.upper))
         total = (self.weights * (each - log_sigma)).sum() - 0.5 * (((t - self.mean) / self.sd) ** 2).sum()
+        for place, sign, mean, sd in self.priors:
+            value = sign * jnp.exp(t[place]) if sign else t[place]
+            # a density of p, in the coordinate u = ln |p|: dp/du = p
+            total += -0.5 * ((value - mean) / sd) ** 2 + (t[place] if sign else 0.0)
         return jnp.where(inside & jnp.isfinite(total), total, -jnp.inf)
+
+
+def _normal(name: str, prior: tuple[float, float]) -> tuple[float, float]:
+    try:
+        mean, sd = (float(number) for number in prior)
+        if math.isfinite(mean) and 0 < sd < math.inf:
+            return mean, sd
+    except (TypeError, ValueError):
+        pass
+    raise BadInput(f"priors[{name!r}]", prior, "must be (mean, standard deviation), the latter above 0")
 
 
 def _sample(
@@ -169,7 +202,7 @@ def _sample(
     return flat, divergences, diagnostics
 
 
-class Posterior:
+class Posterior(Shown):
     """Posterior draws of a fit's parameters.
 
     `draws` has a column per parameter and `sigma`, the scale of the noise on the objective's scale. `fit` is the same
@@ -249,11 +282,9 @@ class Posterior:
             f"{self.diagnostics['effective'].min():.0f}, {self.divergences} divergences",
             self.table(level).to_string(float_format=lambda v: f"{v:.5g}"),
             f"sigma: {self.draws['sigma'].mean():.4g}",
+            *(f"prior of {name}: normal, {mean:g} +- {sd:g}" for name, (mean, sd) in r["priors"].items()),
         ]
-        return "\n".join([*lines, "", *(map(str, self.warnings) if self.warnings else ["no warnings"])])
+        return "\n".join([*lines, "", str(worst_first(self.warnings))])
 
     def __repr__(self) -> str:
         return f"<Posterior of {self.bootstrap.law.name}, {len(self.draws)} draws, {self.divergences} divergences>"
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(self.summary())}</pre>"

@@ -17,6 +17,7 @@ from scalelab.errors import BadInput
 from scalelab.laws.noise import SeedNoise, seed_noise, unknown
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import robust_scale
+from scalelab.laws.shown import Shown, percent
 from scalelab.laws.validate import scale_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranking:
+class Ranking(Shown):
     """Forms and baselines, the smallest held-out error first.
 
     `table`: free parameters, in-sample and held-out mean absolute relative error, bias, error over an expanding window,
@@ -58,7 +59,7 @@ class Ranking:
         lines = [
             f"{self.held_out} runs of {self.called} >= {self.cut:.3g} predicted; "
             f"a perfect law would err by {self.floor:.2%} (seed noise {self.noise})",
-            self.table.to_string(float_format=lambda v: f"{v:.3%}"),
+            self.table.to_string(float_format=percent, na_rep=""),
         ]
         return "\n".join([*lines, *map(str, self.warnings)])
 

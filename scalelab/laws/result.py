@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import html
 import json
 import math
 import os
@@ -18,12 +17,13 @@ from jaxtyping import Float
 import scalelab
 from scalelab.errors import BadInput
 from scalelab.laws.notices import Notice
+from scalelab.laws.shown import Notices, Shown, worst_first
 from scalelab.paths import save
 
 SCHEMA = 2
 
 
-class Result:
+class Result(Shown):
     """Estimates, one row of `samples` per bootstrap draw (NaN where a refit failed), and notices.
 
     `record` says how the numbers came about; `inputs` is the data they came from.
@@ -60,10 +60,9 @@ class Result:
         return self._notices
 
     @property
-    def warnings(self) -> list[Notice]:
+    def warnings(self) -> Notices:
         """Findings about the data and the fit, worst first."""
-        rank = {"error": 0, "warning": 1, "note": 2}
-        return sorted(self.notices, key=lambda n: rank[n.severity])
+        return worst_first(self.notices)
 
     @property
     def ok(self) -> bool:
@@ -114,9 +113,6 @@ class Result:
         codes = sorted({n.code for n in self.notices})
         return f"<{type(self).__name__} {values}{' warnings: ' + ', '.join(codes) if codes else ''}>"
 
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(self.summary())}</pre>"
-
     def parameter_lines(self, level: float = 0.95) -> list[str]:
         interval = self.conf_int(level)
         shown = bool(interval.notna().to_numpy().any())
@@ -135,7 +131,7 @@ class Result:
         return lines
 
     def notice_lines(self) -> list[str]:
-        return [str(n) for n in self.warnings] or ["no warnings"]
+        return str(self.warnings).split("\n")
 
     # ---------------------------------------------------------------------------------------- disk
 

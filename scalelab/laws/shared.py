@@ -22,6 +22,7 @@ from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
 from scalelab.laws.paired import units
 from scalelab.laws.resample import ELEMENTS
+from scalelab.laws.shown import Notices, worst_first
 from scalelab.laws.simulate import named
 from scalelab.laws.solver import minimise
 from scalelab.laws.table import Rows, Table
@@ -240,7 +241,7 @@ class SharedFit(Fit):
         return self.law.base.fit_rows(self.rows.take(mine), options, 0, near=self.law.split(self.estimate[None], k)[0])
 
     @property
-    def warnings(self) -> list[Notice]:
+    def warnings(self) -> Notices:
         """All findings, with that of the sharing test, worst first."""
         if not self._studied and self.converged and self.shared:
             test = self.sharing()
@@ -351,10 +352,9 @@ class ArmFit(Fit):
         return [*self.whole.notices, *self._notices]
 
     @property
-    def warnings(self) -> list[Notice]:
-        rank = {"error": 0, "warning": 1, "note": 2}
+    def warnings(self) -> Notices:
         known = self.notices[len(self.whole.notices) :]
-        return sorted([*self.whole.warnings, *known], key=lambda n: rank[n.severity])
+        return worst_first([*self.whole.warnings, *known])
 
     def holdout(self, cut=None):
         """The joint fit's: the largest runs of all arms held out together."""

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from scalelab.errors import BadInput
 from scalelab.laws.intervals import groups
+from scalelab.laws.shown import Shown, percent
 
 if TYPE_CHECKING:
     from scalelab.laws.fit import Fit
@@ -21,7 +22,7 @@ GAP = 0.18  # two runs belong to different budgets where ln C between neighbours
 
 
 @dataclasses.dataclass(frozen=True)
-class Holdout:
+class Holdout(Shown):
     """The runs of at least `cut` FLOPs, predicted by a fit to the others.
 
     `table` has a row per held-out run: its inputs, measured and predicted loss, 95 % band of the law, relative error,
@@ -51,10 +52,10 @@ class Holdout:
     def summary(self) -> str:
         if not self.ok:
             return f"hold-out: none ({self.reason})"
-        rest = ", ".join(f"{name} {row.mean_abs:.2%}" for name, row in self.errors.iloc[1:].iterrows())
+        rest = ", ".join(f"{name} {percent(row.mean_abs)}" for name, row in self.errors.iloc[1:].iterrows())
         return (
             f"hold-out: fitted to {self.fitted} runs, {self.held_out} of {self.called} >= {self.cut:.3g} predicted "
-            f"({self.distance:.2f} decades on): mean error {self.error:.2%} "
+            f"({self.distance:.2f} decades on): mean error {percent(self.error)} "
             f"(bias {self.errors.loc['law', 'bias']:+.2%}); {rest}"
         )
 
@@ -139,7 +140,7 @@ def relative(table: pd.DataFrame, target: str, power: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Expanding:
+class Expanding(Shown):
     """Hold-outs at growing cuts: each fit predicts every larger run.
 
     `table` has a row per prediction: the cut, the run's size and distance in decades from the largest run fitted,
@@ -162,7 +163,7 @@ class Expanding:
             return f"expanding window: none ({self.reason})"
         lines = [f"expanding window over {self.called}, mean absolute error by distance:"]
         for decades, row in self.by_distance.iterrows():
-            rest = ", ".join(f"{name} {row[name]:.2%}" for name in self.by_distance.columns[1:])
+            rest = ", ".join(f"{name} {percent(row[name])}" for name in self.by_distance.columns[1:])
             lines.append(f"  up to {decades:g} decades ({row['predictions']:.0f} predictions): {rest}")
         return "\n".join(lines)
 

@@ -92,9 +92,10 @@ class LinearMixer(Mixer):
         qkv = linear(x, self.weight("qkv"))
         if sizes.conv:
             qkv, after["conv"], after["conv_segments"] = short_conv(
-                qkv, self.exact("conv"), None, before["conv"], segment_ids, before["conv_segments"]
+                qkv, self.exact("conv"), None, before["conv"], segment_ids, before["conv_segments"], self.activation
             )
-        qkv = self.activation(qkv)
+        else:
+            qkv = self.activation(qkv)
         q, k, v = jnp.split(qkv, [sizes.keys, 2 * sizes.keys], axis=-1)
         q, k = (a.reshape(B, T, sizes.groups, sizes.dk) for a in (q, k))
         reset = beginnings(segment_ids, None if state is None else before["segment"])

@@ -113,7 +113,6 @@ class Mamba(Mixer):
         u, past, past_segments = short_conv(
             u, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
-        u = jax.nn.silu(u)
         rank, B, C = jnp.split(linear(u, self.weight("x")), [R, R + o.state], axis=-1)
         dt = jax.nn.softplus(linear(rank, self.weight("dt")).astype(jnp.float32) + self.exact("dt_bias"))
         y, h = selective_scan.selective_scan(
@@ -245,7 +244,7 @@ class Mamba2(Mixer):
         inner, past, past_segments = short_conv(
             inner, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
-        u, k, q = jnp.split(jax.nn.silu(inner), [E, E + o.groups * o.state], axis=-1)
+        u, k, q = jnp.split(inner, [E, E + o.groups * o.state], axis=-1)
         u = u.reshape(B, T, H, o.head_dim)
         k, q = (a.reshape(B, T, o.groups, o.state) for a in (k, q))
         dt, decay = self._rates(x)

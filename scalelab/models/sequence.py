@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,10 +18,11 @@ def short_conv(
     past: Float[Array, "B K-1 E"],
     segments: Int[Array, "B T"] | None,
     past_segments: Int[Array, "B K-1"],
+    activation: Callable[[Array], Array] = jax.nn.silu,
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B K-1 E"], Int[Array, "B K-1"]]:
-    """y_t = bias + sum_j taps_j x_{t-K+1+j}, per channel; the last tap takes the current token. Taps that would reach
-    into another document are left out. Returns y (x's dtype, summed in float32) and the last K - 1 inputs with their
-    segments, which are what the next tokens need."""
+    """y_t = activation(bias + sum_j taps_j x_{t-K+1+j}), per channel; the last tap takes the current token. Taps that
+    would reach into another document are left out. Returns y (x's dtype, summed in float32) and the last K - 1 inputs
+    with their segments, which are what the next tokens need. Of the inside nothing is kept for the backward pass."""
     K, T = taps.shape[0], x.shape[1]
     padded = jnp.concatenate([past.astype(x.dtype), x], axis=1)
     if segments is None:
@@ -36,7 +40,7 @@ def short_conv(
             if j < K - 1 and not whole:
                 term = jnp.where((padded_segments[:, j : j + T] == segments)[..., None], term, 0.0)
             y += term
-        return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+        return activation((y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype))
 
     return convolve(padded, taps), padded[:, T:], padded_segments[:, T:]
 

@@ -95,7 +95,6 @@ class SLSTM(Mixer):
         c, past, past_segments = short_conv(
             x, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
-        c = jax.nn.silu(c)
         inputs = [
             jnp.einsum("bthd,hde->bthe", a.reshape(B, T, H, D // H), self.weight(gate)).astype(jnp.float32)
             + self.exact(f"{gate}_bias").reshape(H, D // H)

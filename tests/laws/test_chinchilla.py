@@ -180,7 +180,7 @@ def test_api_of_the_result():
     assert "alpha" in text
     assert "95 % bootstrap" in text
     assert "hold-out" in text
-    assert fit._repr_html_().startswith("<pre>")
+    assert fit._repr_html_().startswith("<pre ")
 
 
 def test_dict_of_arrays_and_renamed_columns():

@@ -173,3 +173,42 @@ def test_import_stays_light():
     code = f"import sys, scalelab.laws.posterior; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_priors_enter_the_density_as_densities_of_the_parameter(fit):
+    plain, informed = Density(fit, "student"), Density(fit, "student", {"E": (1.7, 0.02), "alpha": (0.3, 0.1)})
+    z = np.random.default_rng(0).standard_normal((4, len(plain.location)))
+    with jax.enable_x64(True):
+        t = informed.location + z @ informed.scale.T
+        own = np.array([float(informed.log_density(row)) for row in z])
+        without = np.array([float(plain.log_density(np.linalg.solve(plain.scale, row - plain.location))) for row in t])
+    names, u = plain.names, t[:, :-1]
+    for name, (mean, sd) in {"E": (1.7, 0.02), "alpha": (0.3, 0.1)}.items():
+        i = names.index(name)
+        sign = fit.law.parameters[name].sign
+        p = np.exp(u[:, i]) if sign else u[:, i]
+        without += -0.5 * ((p - mean) / sd) ** 2 + (u[:, i] if sign else 0)
+        without += 0.5 * ((u[:, i] - plain.mean[i]) / plain.sd[i]) ** 2  # the wide prior is gone
+    np.testing.assert_allclose(own, without, rtol=1e-9)
+
+
+@pytest.mark.parametrize("priors", [{"F": (1, 1)}, {"E": (1.7, 0)}, {"E": 1.7}, {"E": (1.7, float("inf"))}])
+def test_priors_that_are_none(fit, priors):
+    with pytest.raises(BadInput, match="priors"):
+        posterior(fit, 10, priors=priors)
+
+
+@needs_numpyro
+def test_a_prior_and_normal_data_meet_at_their_weighted_mean():
+    """Linear law, normal noise: with a prior on one parameter the posterior is known, but for the noise's width."""
+    fit, table = line()
+    X = np.column_stack([np.ones(40), table["params"]])
+    sigma2 = float((fit.resid**2).sum() / 38)
+    precision = X.T @ X / sigma2 + np.diag([0, 0.05**-2])
+    mean = np.linalg.solve(precision, X.T @ table["loss"] / sigma2 + [0, 2.3 / 0.05**2])
+    found = posterior(fit, 2000, priors={"b": (2.3, 0.05)}, seed=3)
+    sd = np.sqrt(np.diag(np.linalg.inv(precision)))
+    for name, m, s in zip("ab", mean, sd, strict=True):
+        assert found.draws[name].mean() == pytest.approx(m, abs=0.25 * s)
+        assert found.draws[name].std() == pytest.approx(s, rel=0.15)
+    assert "prior of b: normal, 2.3 +- 0.05" in found.summary()

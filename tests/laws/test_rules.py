@@ -122,6 +122,17 @@ def test_procedure_on_planted_grids():
     np.testing.assert_array_equal(wide.lr.estimate, found.lr.estimate)
 
 
+def test_summary_of_the_procedure():
+    found = step_law(grids(noise=2e-4), bootstrap=50)
+    text = found.summary()
+    for fit in (found.lr, found.batch):
+        assert fit.law.equation in text
+        for value in (*fit.params, *fit.conf_int().to_numpy().ravel()):
+            assert f"{value:.5g}" in text
+    assert f"fitted to the others: {found.holdout()['excess'].mean():.3%}" in text
+    assert f"{len(found.selected)} of them within 0.25%" in text
+
+
 def test_excess_of_the_right_and_of_a_wrong_rule():
     table = grids()
     right = excess_loss(lambda N, D: (1.5 * N**-0.7 * D**0.3, 1.2 * D**0.55), table)

@@ -1,6 +1,13 @@
 """The laws, one file per family. `ALL` is what `laws.available()` names."""
 
-from scalelab.laws.forms.batch import CriticalBatch, CriticalBatchOfLoss
+from scalelab.laws.forms.batch import (
+    CriticalBatch,
+    CriticalBatchOfLoss,
+    critical_batch,
+    least_examples,
+    noise_scale,
+    scaled_lr,
+)
 from scalelab.laws.forms.chinchilla import Chinchilla
 from scalelab.laws.forms.distillation import M4, Distillation, Transfer
 from scalelab.laws.forms.farseer import Farseer
@@ -14,7 +21,19 @@ from scalelab.laws.forms.power import BrokenPower, PowerFloor, PowerLaw
 from scalelab.laws.forms.precision import FloatPrecision, PostTraining, Precision
 from scalelab.laws.forms.repetition import DataConstrained, RepeatedPools, UtilityDecay
 from scalelab.laws.forms.routing import Routing
-from scalelab.laws.forms.rules import AdamWTimescale, DeepSeekBatch, DeepSeekLr, StepLawBatch, StepLawLr
+from scalelab.laws.forms.rules import (
+    AdamWTimescale,
+    DeepSeekBatch,
+    DeepSeekLr,
+    StepLawBatch,
+    StepLawLr,
+    adamw_timescale,
+    best_weight_decay,
+    deepseek_batch,
+    deepseek_lr,
+    step_law_batch,
+    step_law_lr,
+)
 from scalelab.laws.forms.sampling import (
     Coverage,
     RLCompute,
@@ -121,8 +140,18 @@ __all__ = [
     "Transfer",
     "UtilityDecay",
     "Vocabulary",
+    "adamw_timescale",
     "best_mixture",
+    "best_weight_decay",
+    "critical_batch",
+    "deepseek_batch",
+    "deepseek_lr",
     "fine_grained_flops",
+    "least_examples",
+    "noise_scale",
+    "scaled_lr",
     "speculative_speedup",
+    "step_law_batch",
+    "step_law_lr",
     "tokens_per_verification",
 ]

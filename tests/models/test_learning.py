@@ -1,0 +1,25 @@
+"""Every family of the recipe trains: on the embedded corpus, below the entropy of its single bytes."""
+
+import numpy as np
+import pytest
+
+from scalelab import data, recipe, records, sweep, train
+from scalelab.config import base, finish
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", recipe.FAMILIES)
+def test_a_family_learns_more_than_how_often_each_byte_occurs(family, tmp_path):
+    changes = {
+        **recipe.sized(family, 2e4), "model.compute_dtype": "float32", "data.seq_len": 64, "data.batch_size": 8,
+        "data.held_out_tokens": 16384, "train.steps": 100, "train.eval_every": 1.0,
+    }  # fmt: skip
+    conf = finish(base(), changes)
+    corpus = data.open(conf.data)
+    counts = np.bincount(np.concatenate([corpus.held_out()["stdlib"].tokens[:, 1:].ravel()]), minlength=257)
+    share = counts[counts > 0] / counts.sum()
+    entropy = -(share * np.log(share)).sum()
+    record = train.run(sweep.plan(conf).spec, tmp_path)
+    assert record.status == "done"
+    assert record.loss + 3 * record.loss_se < entropy, (record.loss, entropy)
+    assert len(records.read_metrics(tmp_path / record.id)) == 100
