@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from scalelab import laws, plots
+from scalelab import laws, plots, study_plots
 
 pd.options.display.float_format = "{:.4g}".format
 DATA = pathlib.Path(os.environ.get("SCALELAB_DATA", "../../shared/data"))
@@ -120,7 +120,7 @@ Markdown(
 
 # %%
 cuts = np.geomspace(1e20, 3e21, 6)
-ax = plots.expanding(fits, plots.new_axes(size=(4.4, 3.3)), cuts)
+ax = study_plots.expanding(fits, plots.new_axes(size=(4.4, 3.3)), cuts)
 ax.axhline(100 * ranking.floor, color="black", linewidth=0.8)
 note = ax.text(
     0.02, 100 * ranking.floor, "noise floor", transform=ax.get_yaxis_transform(), fontsize="small", va="bottom"

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from scalelab import __version__
+from scalelab import __version__, laws_flags
 from scalelab.errors import BadInput, FeatureMissing
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -42,8 +42,9 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         p.add_argument("--runs", default=None, metavar="DIR", help="folder of run directories (default: config.runs)")
         p.epilog = "Any field of the config can be given as --config.section.field=value."
 
-    p = command("plan", "Show what a config or sweep would run, and what it drops")
-    configurable(p)
+    p = command("plan", "Show what a config or sweep would run, and what it drops; or, from a fit, what to run")
+    configurable(p, required=False)
+    laws_flags.add_plan(p)
     p = command("train", "Train one run, from wherever an earlier attempt left it")
     configurable(p, required=False)
     p.add_argument("--spec", metavar="FILE", help="a run's spec.json instead of a config")
@@ -56,14 +57,9 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     p = command("status", "Table of runs: done, running, failed, missing, time left")
     p.add_argument("path", nargs="?", default="runs", help="a run, a sweep's .json or a folder of runs (default: runs)")
     p = command("fit", "Fit a law to runs or to any CSV")
-    p.add_argument("path", help="a run folder, a sweep's .json, or a .csv, .jsonl or .parquet file")
-    p.add_argument("--law", default="chinchilla", help="chinchilla | isoflop (default: chinchilla)")
-    p.add_argument("--columns", default="", metavar="ROLE=NAME,...", help="params=N,tokens=D,loss=L where names differ")
-    p.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default: 1000; 0: point fit)")
-    p.add_argument("--cluster", default=None, metavar="COLUMN", help="resample whole groups of rows")
-    p.add_argument("--at", type=float, nargs="*", default=[], metavar="FLOP", help="budgets to allocate")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default=None, metavar="FILE", help="save the fit (JSON)")
+    laws_flags.add_fit(p)
+    p = command("compare", "Fit one law to several arms: compute multiplier, crossing, verdict")
+    laws_flags.add_compare(p)
     p = command("report", "Fit the laws to runs; tables here, everything in one HTML file")
     p.add_argument("path", help="a run folder or a sweep's .json")
     p.add_argument("--out", default="report.html", metavar="FILE")
@@ -165,8 +161,16 @@ def _expand(args: argparse.Namespace, name: str = "") -> tuple[Any, pathlib.Path
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from scalelab import tables
+    from scalelab import laws_command, tables
 
+    if (args.source is None) == (args.config is None):
+        raise BadInput("command line", args.argv[1:], "needs either --config or --from")
+    if args.source is not None:
+        laws_command.plan(args)
+        return DONE
+    for flag in ("flops", "target", "out", "seed", "cost", "others"):
+        if getattr(args, flag) not in (None, []):
+            raise BadInput(f"--{'with' if flag == 'others' else flag}", getattr(args, flag), "goes with --from")
     sweep, root = _expand(args)
     tables.plan(sweep, root)
     return DONE
@@ -238,58 +242,31 @@ def _status(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _table(path: str) -> Any:
-    from scalelab import laws, records
-
-    if pathlib.Path(path).suffix in (".csv", ".jsonl", ".parquet"):
-        return laws.read_table(path)
-    table = records.load(path)
-    if table.empty:
-        raise BadInput("path", path, "holds no finished run yet; see `scalelab status`")
-    return table
-
-
 def _fit(args: argparse.Namespace) -> int:
-    from scalelab import laws
+    from scalelab import laws_command
 
-    columns = {}
-    for pair in filter(None, args.columns.split(",")):
-        role, equals, name = pair.partition("=")
-        if not equals:
-            raise BadInput("--columns", pair, "must be ROLE=NAME")
-        columns[role] = name
-    table = _table(args.path)
-    options: dict[str, Any] = {"columns": columns, "bootstrap": args.bootstrap, "seed": args.seed}
-    if args.law == "isoflop":
-        fit = laws.isoflop(table, **options)
-    else:
-        fit = laws.fit(args.law, table, cluster=args.cluster, **options)
-    print(fit.summary())
-    if args.at:
-        print()
-        print(fit.optimal(args.at).to_string())
-    if args.out:
-        fit.save(args.out)
+    laws_command.fit(args)
+    return DONE
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from scalelab import laws_command
+
+    laws_command.compare(args)
     return DONE
 
 
 def _report(args: argparse.Namespace) -> int:
-    from scalelab import laws, records, report
+    from scalelab import laws_command, records, report, report_fits, report_terminal
 
-    table = _table(args.path)
+    table = laws_command.table_of(args.path)
     kept = table[table["status"] == "done"]
-    fits = {"chinchilla": laws.fit("chinchilla", table, bootstrap=args.bootstrap)}
-    isoflop = laws.isoflop(kept, bootstrap=args.bootstrap)
-    report.terminal(kept, fits, isoflop)
+    found = report_fits.fitted(table, args.bootstrap)
+    report_terminal.terminal(found.fits, found.isoflop, comparison=found.comparison)
     path = report.write(
-        args.out,
-        kept,
-        records.curves(args.path),
-        fits,
-        isoflop,
-        title=args.title,
-        command="scalelab " + shlex.join(args.argv),
-    )
+        args.out, kept, records.curves(args.path), found.fits, found.isoflop, comparison=found.comparison,
+        title=args.title, command="scalelab " + shlex.join(args.argv), notes=found.notes,
+    )  # fmt: skip
     print(f"report: {path}")
     return DONE
 

@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from scalelab.errors import BadInput
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> pathlib.Path:
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> pathlib.Path:
     """The file has either its old content or all of the new, whatever happens. Makes the folders above it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -57,9 +57,9 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "scalelab"
 
 
-def save(path: str | os.PathLike[str], text: str, field: str = "path") -> pathlib.Path:
+def save(path: str | os.PathLike[str], content: str | bytes, field: str = "path") -> pathlib.Path:
     """`write_atomically` to where the user asked for; what the system refuses is `BadInput`."""
     try:
-        return write_atomically(path, text)
+        return write_atomically(path, content)
     except OSError as error:
         raise BadInput(field, str(path), f"cannot be written: {error.strerror}") from None

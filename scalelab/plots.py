@@ -6,6 +6,9 @@ variable. Colours are Okabe and Ito's, which the colour-blind can tell apart; qu
 
 from __future__ import annotations
 
+import io
+import os
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +19,17 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogFormatterSciNotation,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
+
+from scalelab.paths import save as save_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +39,9 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
+
+
+SIZE = (4.125, 3.0)  # inches: printed at half a page's width, 3.3, matplotlib's 10 points are 8
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
@@ -38,7 +54,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
     return pyplot.figure(figsize=size, layout="constrained")
 
 
-def new_axes(ax: Axes | None = None, size: tuple[float, float] = (5.8, 4.0)) -> Axes:
+def new_axes(ax: Axes | None = None, size: tuple[float, float] = SIZE) -> Axes:
     """The axes given, or those of a new figure, in the house style."""
     if ax is None:
         ax = new_figure(size).add_subplot()
@@ -46,6 +62,14 @@ def new_axes(ax: Axes | None = None, size: tuple[float, float] = (5.8, 4.0)) -> 
     ax.grid(True, color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
     return ax
+
+
+def save(ax: Axes, path: str | os.PathLike[str], field: str = "path") -> pathlib.Path:
+    """The figure that an axes is in, as the file's suffix says (.png, .svg, .pdf), whole or not at all."""
+    figure: Any = ax.figure
+    out = io.BytesIO()
+    figure.savefig(out, format=pathlib.Path(path).suffix.removeprefix("."), dpi=200)
+    return save_file(path, out.getvalue(), field)
 
 
 def human(value: float) -> str:
@@ -59,7 +83,8 @@ def human(value: float) -> str:
 def scientific(value: float) -> str:
     """3.2e15 -> 3.2×10^15, for matplotlib."""
     power = int(np.floor(np.log10(value) + 1e-9))
-    return rf"${value / 10**power:.2g}\times10^{{{power}}}$"
+    first = f"{value / 10**power:.2g}"
+    return rf"$10^{{{power}}}$" if first == "1" else rf"${first}\times10^{{{power}}}$"
 
 
 def loss_curves(curves: pd.DataFrame, table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -82,6 +107,7 @@ def loss_curves(curves: pd.DataFrame, table: pd.DataFrame, ax: Axes | None = Non
         ax.plot(run["flops"].iloc[-1], run["loss"].iloc[-1], "o", color=colour, markersize=4)
     ax.set(xscale="log", yscale="log", xlabel="training compute (FLOP)", ylabel="held-out loss (nats per token)")
     plain_log(ax, "y")
+    power_log(ax, "x")
     _common_error(table, ax)
     bar = ax.figure.colorbar(shade, ax=ax, pad=0.02)
     bar.set_label("parameters N")
@@ -126,7 +152,9 @@ def isoflop(table: pd.DataFrame, fit: IsoflopFit, ax: Axes | None = None) -> Axe
     ax.set(xscale="log", xlabel="parameters N", ylabel="held-out loss (nats per token)")
     human_log(ax, "x")
     _common_error(runs, ax)
-    ax.legend(title="★ minimum, 95 % interval", fontsize="small", title_fontsize="small", frameon=False)
+    said = "★ minimum, 95 % interval"
+    ax.set_title(f"{ax.get_title()}\n{said}" if ax.get_title() else said, fontsize="small", color=GREY)
+    legend_above(ax, 3 if vertices["used"].to_numpy().all() else 2)  # "refused" takes room
     return ax
 
 
@@ -207,7 +235,8 @@ def allocation(
 ) -> Sequence[Axes]:
     """N* and D* against C from `flops[0]` to `flops[-1]`, each fit a line with its 95 % band; IsoFLOP minima as points.
 
-    Draws into two axes. Beyond the largest budget measured the background is shaded: extrapolation.
+    Draws into two axes. `flops_per_param_token`: one for all fits, or name -> its own. Beyond the largest budget
+    measured the background is shaded: extrapolation.
     """
     if ax is None:
         ax = list(new_figure((9.0, 3.9)).subplots(1, 2))
@@ -218,7 +247,10 @@ def allocation(
     for i, (name, fit) in enumerate(fits.items()):
         colour = COLOURS[i % len(COLOURS)]
         parabolas, direct = hasattr(fit, "vertices"), hasattr(fit, "optima")
-        best: Any = fit.optima(C, flops_per_param_token) if direct else fit.optimal(C)  # type: ignore[union-attr]
+        cost: Any = flops_per_param_token
+        if isinstance(cost, Mapping):
+            cost = cost.get(name, 6.0)
+        best: Any = fit.optima(C, cost) if direct else fit.optimal(C)  # type: ignore[union-attr]
         for a, column in zip(ax, ("params", "tokens"), strict=True):
             if best[column].notna().any():
                 a.plot(C, best[column], color=colour, linewidth=1.8, linestyle="-" if direct else "--", label=name)
@@ -254,8 +286,7 @@ def allocation(
             a.text(largest, 0.02, " beyond the data", transform=a.get_xaxis_transform(), fontsize="small", color=GREY)
         a.set(xscale="log", yscale="log", xlim=(C[0], C[-1]), xlabel="training compute C (FLOP)", ylabel=what)
         human_log(a, "y")
-        if C[-1] > 10 * C[0]:  # there is a whole power of ten to label; the ticks between would run into each other
-            a.tick_params(axis="x", which="minor", labelbottom=False)
+        power_log(a, "x")
     ax[0].legend(
         fontsize="small", loc="upper left", title="bands: 95 % intervals", title_fontsize="small", frameon=False
     )
@@ -290,42 +321,27 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
     span = np.array([values.min(), values.max()])
     ax.plot(span, span, color="black", linewidth=0.8, label="perfect")
     ax.set(xlabel=f"measured {target}", ylabel=f"predicted {target}")
-    unit = "compute" if held.called == "C" else held.called
     ax.set_title(
-        f"fitted to {held.fitted} runs, {held.held_out} predicted, {held.distance:.1f} decades of {unit} further",
+        f"fitted to {held.fitted} runs, {held.held_out} predicted, {held.distance:.1f} decades of {held.called} on",
         fontsize="small",
         color=GREY,
     )
-    ax.legend(fontsize="small", frameon=False)
-    return ax
-
-
-def expanding(fits: Mapping[str, Fit], ax: Axes | None = None, cuts: Sequence[float] | None = None) -> Axes:
-    """Mean held-out error against the distance from the largest run fitted, in decades, over many cuts; the baselines
-    are the first fit's. Bins hold the predictions of all cuts up to that distance and beyond the one before."""
-    ax = new_axes(ax)
-    windows = {name: fit.expanding(cuts) for name, fit in fits.items()}
-    if whys := [f"{name}: {window.reason}" for name, window in windows.items() if not window.ok]:
-        ax.text(0.5, 0.5, "no hold-out\n" + "\n".join(whys), ha="center", transform=ax.transAxes, wrap=True)
-        ax.set_axis_off()
-        return ax
-    for i, (name, window) in enumerate(windows.items()):
-        error: Any = window.by_distance["law"]
-        colour = COLOURS[i % len(COLOURS)]
-        ax.plot(error.index, 100 * error, MARKERS[i % len(MARKERS)] + "-", color=colour, label=name, zorder=3)
-    first = next(iter(windows.values()))
-    for name, style in zip(first.by_distance.columns[2:], (":", "--"), strict=True):
-        ax.plot(first.by_distance.index, 100 * first.by_distance[name], style, color=GREY, label=name)
-    decades = "compute" if first.called == "C" else first.called
-    ax.set(yscale="log", xlabel=f"decades of {decades} beyond the fit, up to", ylabel="mean held-out error (%)")
-    ax.set_xticks(first.by_distance.index)
-    ax.set_ylim(top=3 * ax.get_ylim()[1])  # room for the legend
-    plain_log(ax, "y")
-    ax.legend(fontsize="small", frameon=False, ncols=2, loc="upper left")
+    legend_above(ax, 2)
     return ax
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+
+
+def legend_above(ax: Axes, columns: int) -> None:
+    """Between title and axes, in rows of so many: it covers no data."""
+    said = ax.get_title()
+    rows = -(-len(ax.get_legend_handles_labels()[0]) // columns)
+    ax.set_title(said, fontsize="small", color=GREY, pad=4 + 14 * rows)
+    ax.legend(
+        fontsize="small", frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 0.985),
+        borderpad=0.1, columnspacing=1.0, handletextpad=0.3, handlelength=1.3,
+    )  # fmt: skip
 
 
 def _common_error(table: pd.DataFrame, ax: Axes) -> None:
@@ -366,6 +382,19 @@ def human_log(ax: Axes, which: str) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def power_log(ax: Axes, which: str) -> None:
+    """Log ticks in powers of ten, at 1, 2, 5 or 1, 3 where there are few of them."""
+    axis = getattr(ax, f"{which}axis")
+    low, high = getattr(ax, f"get_{which}lim")()
+    if high / low > 300:
+        axis.set_minor_formatter(NullFormatter())
+        return
+    subs = (1.0, 2.0, 5.0) if high / low < 15 else (1.0, 3.0)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: scientific(v)))
+    axis.set_minor_locator(NullLocator())
+
+
 def plain_log(ax: Axes, which: str) -> None:
     """A log axis with plain numbers, as long as they are short."""
     axis = getattr(ax, f"{which}axis")
@@ -376,5 +405,8 @@ def plain_log(ax: Axes, which: str) -> None:
         return
     subs = (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(subs=subs, numticks=15))
+    if high / low < 2.2:  # over a factor of two a log axis is nearly an even one
+        even = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+        axis.set_major_locator(FixedLocator([tick for tick in even if tick > 0]))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_locator(NullLocator())

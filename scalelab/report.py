@@ -1,4 +1,4 @@
-"""The report of a sweep: one self-contained HTML file, and the same answers as tables in the terminal."""
+"""The report of a sweep: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,26 @@ import numpy as np
 import pandas as pd
 
 import scalelab
-from scalelab import laws
 from scalelab.paths import save
+from scalelab.report_rows import (
+    ALLOCATED,
+    COMPARED,
+    FURTHER,
+    MINIMA,
+    between,
+    compared,
+    cost_of,
+    count,
+    number,
+    optima,
+    parabolas_of,
+    parameters,
+    sci,
+    vertex_rows,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from scalelab.laws import Fit, IsoflopFit
-
-FURTHER = 10.0  # the report looks this far beyond the largest budget
+    from scalelab.laws import Comparison, Fit, IsoflopFit
 
 # Columns of the table of runs: RunRecord's name -> heading and unit.
 SHOWN = {
@@ -55,8 +66,9 @@ def write(
     table: pd.DataFrame,
     curves: pd.DataFrame | None = None,
     fits: Mapping[str, Fit] | None = None,
-    isoflop: IsoflopFit | None = None,
+    isoflop: IsoflopFit | Mapping[str, IsoflopFit] | None = None,
     *,
+    comparison: Comparison | None = None,
     title: str = "Scaling-law report",
     command: str | None = None,
     notes: Sequence[str] = (),
@@ -64,24 +76,28 @@ def write(
     """Write the report, atomically, and return its path. The file needs no network and no other file.
 
     `table` is what `records.load` gives, `curves` what `records.curves` gives; `fits` maps names to law fits, the first
-    of which answers the headline.
+    of which answers the headline. With a `comparison` of families, `fits` and `isoflop` have one for each, by its name.
     """
     fits = dict(fits or {})
-    cost = cost_of(table)
+    parabolas = parabolas_of(isoflop)
+    both = fits | parabolas
     style = pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     parts = [
         f"<h1>{_text(title)}</h1>",
         f"<p class=soft>scalelab {scalelab.__version__} · {len(table)} runs"
         + (f" · <code>{_text(command)}</code>" if command else "")
         + "</p>",
-        "<section class=answer>" + "".join(f"<p>{line}</p>" for line in headline(table, fits, isoflop)) + "</section>",
+        "<section class=answer>"
+        + "".join(f"<p>{line}</p>" for line in headline(fits, isoflop, comparison))
+        + "</section>",
         *(f"<p>{_text(note)}</p>" for note in notes),
-        *_answers(table, fits, isoflop, cost),
-        *_figures(table, curves, fits, isoflop, cost),
+        *_families(comparison),
+        *_answers(fits, parabolas),
+        *_figures(table, curves, fits, parabolas, comparison),
         *_holdouts(fits),
-        *_notices(fits, isoflop),
+        *_notices(both | ({} if comparison is None else {"comparison": comparison})),
         *_runs(table),
-        *_how(fits, isoflop),
+        *_how(both),
     ]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -93,72 +109,117 @@ def write(
     return save(path, page, "--out")
 
 
-def cost_of(table: pd.DataFrame) -> Any:
-    """FLOPs per token as a function of N where the finished runs' FLOPs are known, else 6 (for C = 6 N D)."""
-    done = _done(table)
-    if "flops" not in done or not len(done) or not (done["flops"] > 0).all():
-        return 6.0
-    return laws.flops_per_token(*(done[c].to_numpy(float) for c in ("params", "tokens", "flops")))
-
-
-def headline(table: pd.DataFrame, fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> list[str]:
+def headline(
+    fits: Mapping[str, Fit],
+    isoflop: IsoflopFit | Mapping[str, IsoflopFit] | None = None,
+    comparison: Comparison | None = None,
+) -> list[str]:
     """The answer in words, as HTML lines: what to train at the largest budget and beyond, and how sure that is."""
     if not fits:
         return ["No law was fitted."]
-    name, fit = next(iter(fits.items()))
-    lines = []
-    largest = float(fit.rows.compute.max())
-    if not fit.ok:
-        codes = ", ".join(n.code for n in fit.warnings if n.severity == "error")
-        lines.append(
-            f"<b>No answer:</b> the {_text(name)} fit must not be used ({_text(codes)}); see the findings below."
-        )
-    else:
-        best: Any = fit.optimal([largest, FURTHER * largest], cost_of(table))
-        for (_, row), words in zip(
-            best.iterrows(), ("At the largest budget", f"{FURTHER:g} times further"), strict=True
-        ):
-            lines.append(f"{words}, C = {_sci(row.flops)} FLOP: {_advice(row)}.")
-        held = fit.holdout()
-        lines.append(
-            f"Fitted without the largest runs, the law predicts them to <b>{held.error:.1%}</b> "
-            f"({held.distance:.1f} decades of compute further)."
-            if held.ok
-            else f"No run could be held out ({_text(held.reason)}): the extrapolation is unchecked."
-        )
-    if isoflop is not None:
-        used, all_ = isoflop.record["budgets_used"], isoflop.record["budgets"]
-        if isoflop.ok:
-            at = isoflop.optimal(largest)
+    parabolas = parabolas_of(isoflop)
+    lines = [] if comparison is None else [_verdict(comparison, arm) for arm in comparison.arms]
+    for name, fit in list(fits.items())[: None if comparison is not None else 1]:
+        lines += _of_fit(name, fit, "" if comparison is None else f"<b>{_text(name)}.</b> ")
+    largest = max(float(fit.rows.compute.max()) for fit in fits.values())
+    for name, parabola in parabolas.items():
+        used, all_ = parabola.record["budgets_used"], parabola.record["budgets"]
+        family = name.removeprefix("IsoFLOP").replace(", ", " of ")
+        if parabola.ok:
+            at = parabola.optimal(largest)
             lines.append(
-                f"IsoFLOP parabolas ({used} of {all_} budgets) say N = {_range(at, 'params')} "
-                f"on D = {_range(at, 'tokens')} tokens at C = {_sci(largest)} FLOP."
+                f"IsoFLOP parabolas{_text(family)} ({used} of {all_} budgets) say N = {between(at, 'params')} "
+                f"on D = {between(at, 'tokens')} tokens at C = {sci(largest)} FLOP."
             )
         else:
-            lines.append(f"IsoFLOP parabolas give no exponents: {used} of {all_} budgets show a minimum.")
-    counts = {kind: sum(n.severity == kind for f in _all(fits, isoflop).values() for n in f.warnings) for kind in WORDS}
+            lines.append(
+                f"IsoFLOP parabolas{_text(family)} give no exponents: {used} of {all_} budgets show a minimum."
+            )
+    both = [*fits.values(), *parabolas.values()]
+    found = [*both, *([] if comparison is None else [comparison])]
+    counts = {kind: sum(n.severity == kind for f in found for n in f.warnings) for kind in WORDS}
     told = " and ".join(f"{n} {WORDS[kind]}{'s' * (n > 1)}" for kind, n in counts.items() if n)
     if told:
         lines.append(f"Before you believe this: {told} under <a href='#findings'>Findings</a>.")
-    if any(np.isfinite(f.conf_int().to_numpy()).any() for f in _all(fits, isoflop).values()):
+    if any(np.isfinite(f.conf_int().to_numpy()).any() for f in both):
         lines.append(
             "<span class=soft>In brackets: 95 % bootstrap intervals, which cover noise and not a wrong form.</span>"
         )
     return lines
 
 
+def _of_fit(name: str, fit: Fit, prefix: str) -> list[str]:
+    """What one law says to train, and how well it has foretold."""
+    if not fit.ok:
+        codes = ", ".join(n.code for n in fit.warnings if n.severity == "error")
+        return [
+            f"{prefix}<b>No answer:</b> the {_text(name)} fit must not be used ({_text(codes)}); see "
+            "the findings below."
+        ]
+    lines = []
+    largest = float(fit.rows.compute.max())
+    best: Any = fit.optimal([largest, FURTHER * largest], cost_of(fit))
+    for (_, row), words in zip(best.iterrows(), ("At the largest budget", f"{FURTHER:g} times further"), strict=True):
+        lines.append(f"{prefix}{words}, C = {sci(row.flops)} FLOP: {_advice(row)}.")
+    held = fit.holdout()
+    lines.append(
+        f"{prefix}Fitted without the largest runs, the law predicts them to <b>{held.error:.1%}</b> "
+        f"({held.distance:.1f} decades of compute further)."
+        if held.ok
+        else f"{prefix}No run could be held out ({_text(held.reason)}): the extrapolation is unchecked."
+    )
+    return lines
+
+
+def _verdict(comparison: Comparison, arm: str) -> str:
+    """Which of two families is better, at the largest budget that both were trained at."""
+    table = comparison.table(arm=arm)
+    inside = table[table["inside"]]
+    row: Any = (inside if len(inside) else table).iloc[-1]
+    low, high = (row.get(f"multiplier_{end}", np.nan) for end in ("lower", "upper"))
+    interval = "" if np.isnan(low) or np.isnan(high) else f" [{low:.3g}, {high:.3g}]"
+    words = "no verdict" if row.verdict == "no verdict" else f"<b>{_text(row.verdict)}</b> is better"
+    return (
+        f"At C = {sci(row.flops)} FLOP <b>{_text(arm)}</b> needs {row.get('multiplier', np.nan):.3g}{interval} times "
+        f"the compute of {_text(comparison.reference)} for the same loss: {words}; "
+        f"{_text(comparison.crossing_line(arm))}."
+    )
+
+
 def _advice(row: Any) -> str:
     if not np.isfinite(row.params):
         return "the law has no interior optimum here"
-    n, d, loss = (_range(row, c) for c in ("params", "tokens", "loss"))
+    n, d, loss = (between(row, c) for c in ("params", "tokens", "loss"))
     return f"train <b>N = {n}</b> parameters on <b>D = {d}</b> tokens, for a loss of {loss}"
 
 
 # ------------------------------------------------------------------------------------------------ sections
 
 
-def _answers(table: pd.DataFrame, fits: Mapping[str, Fit], isoflop: IsoflopFit | None, cost: Any) -> list[str]:
-    parts = ["<h2>Fitted laws</h2>"] if fits or isoflop is not None else []
+def _families(comparison: Comparison | None) -> list[str]:
+    """Families against each other: the multiplier as a curve in C, and as a table."""
+    if comparison is None:
+        return []
+    r = comparison.record
+    told = (
+        f"<p>Each arm by its own law ({_text(r['laws'])}), at the optimum of its own FLOPs per token, against "
+        f"{_text(comparison.reference)}: what share of C it needs for the loss of {_text(comparison.reference)} (below "
+        f"1 it is better). {r['draws']} draws, {_text(r['drawn'])}; a verdict where the {100 * r['level']:g} % "
+        "interval of the loss difference excludes 0.</p>"
+    )
+    crossings = "".join(f"<p>{_text(arm)}: {_text(comparison.crossing_line(arm))}.</p>" for arm in comparison.arms)
+    figures = [
+        _figure(comparison.plot.multiplier().figure, "Compute that gives the loss of the reference, as a share."),
+        _figure(comparison.plot.difference().figure, "The difference in loss at equal compute."),
+    ]
+    return [
+        "<h2>Families compared</h2>", told, '<div class="pair">', *figures, "</div>",
+        _html_table(COMPARED, compared(comparison)), crossings,
+    ]  # fmt: skip
+
+
+def _answers(fits: Mapping[str, Fit], parabolas: Mapping[str, IsoflopFit]) -> list[str]:
+    parts = ["<h2>Fitted laws</h2>"] if fits or parabolas else []
     for name, fit in fits.items():
         parts.append(
             f"<p><b>{_text(name)}</b>: {_text(fit.law.equation)} <span class=soft>({_text(fit.law.source)})</span></p>"
@@ -166,36 +227,38 @@ def _answers(table: pd.DataFrame, fits: Mapping[str, Fit], isoflop: IsoflopFit |
         parts.append(_html_table(("", "estimate", "95 % interval"), parameters(fit)))
         if fit.ok:
             parts.append("<p>Compute-optimal, with this family's own FLOPs per token:</p>")
-            parts.append(_html_table(("C (FLOP)", "N*", "D* (tokens)", "D*/N*", "loss"), optima(fit, cost)))
-    if isoflop is not None:
-        parts.append("<p><b>IsoFLOP</b>: N* ~ C^a, D* ~ C^b through the minima of parabolas in ln N</p>")
-        parts.append(_html_table(("", "estimate", "95 % interval"), parameters(isoflop)))
-        parts.append(_html_table(("C (FLOP)", "runs", "N*", "D* (tokens)", "loss", ""), vertex_rows(isoflop)))
+            parts.append(_html_table(ALLOCATED, optima(fit)))
+    for name, parabola in parabolas.items():
+        parts.append(f"<p><b>{_text(name)}</b>: N* ~ C^a, D* ~ C^b through the minima of parabolas in ln N</p>")
+        parts.append(_html_table(("", "estimate", "95 % interval"), parameters(parabola)))
+        parts.append(_html_table(MINIMA, vertex_rows(parabola)))
     return parts
 
 
-def _figures(table, curves, fits, isoflop, cost) -> list[str]:
+def _figures(table, curves, fits, parabolas, comparison) -> list[str]:
     from scalelab import plots
 
     figures = []
     if curves is not None and len(curves):
         ax = plots.loss_curves(curves, table)
         figures.append(_figure(ax.figure, "Held-out loss as the runs train; a dotted run did not finish."))
-    if isoflop is not None:
-        ax = plots.isoflop(table, isoflop)
-        figures.append(_figure(ax.figure, "IsoFLOP profiles: at each budget, loss against size."))
+    for name, parabola in parabolas.items():
+        family = name.removeprefix("IsoFLOP, ")
+        ax = plots.isoflop(table if family == name else table[table["family"].astype(str) == family], parabola)
+        figures.append(_figure(ax.figure, f"{name} profiles: at each budget, loss against size."))
     for name, fit in fits.items():
         if not np.isfinite(fit.estimate).all():
             continue
-        ax = plots.surface(fit, table, None, cost)
+        ax = plots.surface(fit, None, None, cost_of(fit))
         figures.append(_figure(ax.figure, f"{name}: the fitted surface and its compute-optimal frontier."))
         figures.append(_figure(plots.measured(fit).figure, f"{name}: residuals of the runs."))
     wide = []
-    both = {n: f for n, f in _all(fits, isoflop).items() if f.ok}
-    if both:
+    drawn = {n: f for n, f in (fits if comparison is not None else fits | parabolas).items() if f.ok}
+    if drawn:
         compute = [c for f in fits.values() for c in f.rows.compute]
-        compute += [] if isoflop is None else isoflop.vertices["flops"].tolist()
-        axes = plots.allocation(both, (min(compute) / 1.5, FURTHER * max(compute)), None, cost)
+        compute += [c for f in parabolas.values() for c in f.vertices["flops"]]
+        costs = {n: cost_of(f) for n, f in drawn.items() if n in fits}
+        axes = plots.allocation(drawn, (min(compute) / 1.5, FURTHER * max(compute)), None, costs)
         wide.append(_figure(axes[0].figure, "Compute-optimal parameters and tokens against compute."))
     for name, fit in fits.items():
         if fit.holdout().ok:
@@ -213,7 +276,7 @@ def _holdouts(fits: Mapping[str, Fit]) -> list[str]:
             parts.append(f"<p>{_text(name)}: none ({_text(held.reason)}).</p>")
             continue
         parts.append(
-            f"<p>{_text(name)}: fitted to the {held.fitted} runs below C = {_sci(held.cut)} FLOP, "
+            f"<p>{_text(name)}: fitted to the {held.fitted} runs below C = {sci(held.cut)} FLOP, "
             f"{held.held_out} larger ones predicted. Relative errors, beside what needs no law:</p>"
         )
         rows = [(str(n), f"{r.mean_abs:.2%}", f"{r.bias:+.2%}", f"{r.worst:.2%}") for n, r in held.errors.iterrows()]
@@ -221,16 +284,16 @@ def _holdouts(fits: Mapping[str, Fit]) -> list[str]:
     return parts
 
 
-def _notices(fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> list[str]:
+def _notices(found: Mapping[str, Any]) -> list[str]:
     items = []
-    for name, fit in _all(fits, isoflop).items():
+    for name, fit in found.items():
         for n in fit.warnings:
             items.append(
                 f"<li class={n.severity}><b>{n.severity}: {_text(n.code)}</b> ({_text(name)}) {_text(n.message)} "
                 f"<span class=soft>Remedy: {_text(n.remedy)}</span></li>"
             )
-    found = f"<ul class=notices>{''.join(items)}</ul>" if items else "<p>None.</p>"
-    return ['<h2 id="findings">Findings</h2>', found]
+    told = f"<ul class=notices>{''.join(items)}</ul>" if items else "<p>None.</p>"
+    return ['<h2 id="findings">Findings</h2>', told]
 
 
 def _runs(table: pd.DataFrame) -> list[str]:
@@ -244,9 +307,9 @@ def _runs(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def _how(fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> list[str]:
+def _how(found: Mapping[str, Any]) -> list[str]:
     parts = ["<h2>How it was fitted</h2>"]
-    for name, fit in _all(fits, isoflop).items():
+    for name, fit in found.items():
         facts = fit.card() if hasattr(fit, "card") else _facts(fit)
         listed = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
         parts.append(f"<p><b>{_text(name)}</b></p><dl>{listed}</dl>")
@@ -267,137 +330,19 @@ def _facts(fit: Any) -> dict[str, str]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ the terminal
-
-
-def terminal(
-    table: pd.DataFrame, fits: Mapping[str, Fit], isoflop: IsoflopFit | None = None, console: Console | None = None
-) -> None:
-    """Print parameters, minima, optima, hold-out and findings as tables."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = console or Console()
-    cost = cost_of(table)
-
-    def show(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        grid = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
-        for i, head in enumerate(heads):
-            grid.add_column(head, justify="left" if i == 0 or not head else "right")
-        for row in rows:
-            grid.add_row(*(escape(cell) for cell in row))
-        console.print(grid)
-
-    for name, fit in fits.items():
-        show(f"{name}: {fit.law.equation}", ("", "estimate", "95 % interval"), parameters(fit))
-        if fit.ok:
-            show("Compute-optimal", ("C (FLOP)", "N*", "D* (tokens)", "D*/N*", "loss"), optima(fit, cost))
-        console.print(escape(fit.holdout().summary()), highlight=False)
-    if isoflop is not None:
-        show("IsoFLOP minima", ("C (FLOP)", "runs", "N*", "D* (tokens)", "loss", ""), vertex_rows(isoflop))
-        show("IsoFLOP: N* ~ C^a, D* ~ C^b", ("", "estimate", "95 % interval"), parameters(isoflop))
-    colours = {"error": "bold red", "warning": "yellow", "note": "dim"}
-    for name, fit in _all(fits, isoflop).items():
-        for n in fit.warnings:
-            console.print(
-                f"[{colours[n.severity]}]{n.severity} {escape('[' + n.code + ']')}[/] ({escape(name)}) "
-                f"{escape(n.message)} [dim]Remedy: {escape(n.remedy)}[/]",
-                highlight=False,
-            )
-
-
-# ------------------------------------------------------------------------------------------------ rows shared by both
-
-
-def parameters(fit: Fit | IsoflopFit) -> list[tuple[str, str, str]]:
-    """(name, estimate, interval) of a fit's parameters and, for laws, of the allocation exponents."""
-    frame = fit.conf_int().assign(estimate=fit.params)
-    law = hasattr(fit, "allocation")
-    frame = pd.concat([frame, fit.allocation()]) if law else frame.loc[["a", "b"]]  # type: ignore[union-attr]
-    return [
-        (
-            str(name),
-            _number(row.estimate),
-            f"{_number(row.lower)} to {_number(row.upper)}" if np.isfinite(row.lower) else "—",
-        )
-        for name, row in frame.iterrows()
-    ]
-
-
-def optima(fit: Fit, cost: Any) -> list[tuple[str, ...]]:
-    """What to train at the largest budget and `FURTHER` times beyond, with intervals."""
-    largest = float(fit.rows.compute.max())
-    rows = []
-    best: Any = fit.optimal([largest, FURTHER * largest], cost)
-    for _, row in best.iterrows():
-        if np.isfinite(row.params):
-            shown = (
-                _range(row, "params"),
-                _range(row, "tokens"),
-                f"{row.tokens / row.params:.3g}",
-                _range(row, "loss"),
-            )
-        else:
-            shown = ("no interior optimum", "—", "—", "—")
-        rows.append((_sci(row.flops), *shown))
-    return rows
-
-
-def vertex_rows(isoflop: IsoflopFit) -> list[tuple[str, ...]]:
-    """A row per budget: its minimum with intervals, or why it is refused."""
-    rows = []
-    for _, v in isoflop.vertices.iterrows():
-        shown = tuple(_range(v, c) for c in ("params", "tokens", "loss")) if v.used else ("—",) * 3
-        rows.append((_sci(v.flops), f"{v.used_runs} of {v.runs}", *shown, "" if v.used else f"refused: {v.reason}"))
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------ formats
-
-
-def _all(fits: Mapping[str, Fit], isoflop: IsoflopFit | None) -> dict[str, Any]:
-    return dict(fits) | ({} if isoflop is None else {"IsoFLOP": isoflop})
-
-
-def _done(table: pd.DataFrame) -> Any:
-    return table[table["status"] == "done"] if "status" in table else table
-
-
-def _number(value: float) -> str:
-    """Four significant digits; powers of ten only where plain digits would not do."""
-    if not np.isfinite(value):
-        return "—"
-    return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.3e}"
-
-
-def _count(value: float) -> str:
-    from scalelab.plots import human
-
-    return human(value)
-
-
-def _sci(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _range(row: Any, column: str) -> str:
-    """`1.2M [1.1M, 1.4M]`, or the number alone where there is no interval."""
-    show = _number if column == "loss" else _count
-    value, low, high = (getattr(row, f"{column}{end}", float("nan")) for end in ("", "_lower", "_upper"))
-    return f"{show(value)} [{show(low)}, {show(high)}]" if np.isfinite(low) else show(value)
+# ------------------------------------------------------------------------------------------------ HTML
 
 
 def _cell(column: str, value: Any) -> str:
     if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
         return "—"
     if column in ("params", "params_non_embedding", "tokens", "batch_tokens"):
-        return _count(float(value))
+        return count(float(value))
     if column in INTEGERS:
         return str(int(value))
     if column == "flops":
-        return _sci(float(value))
-    return _number(float(value)) if isinstance(value, int | float | np.number) else str(value)
+        return sci(float(value))
+    return number(float(value)) if isinstance(value, int | float | np.number) else str(value)
 
 
 def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

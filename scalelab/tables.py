@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import statistics
 from collections import Counter
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from scalelab import records
@@ -169,3 +172,60 @@ def status(path: pathlib.Path) -> None:
     summary = ", ".join(f"{n} {state}" for state, n in states.items())
     eta = f"; about {duration(left / statistics.median(rates))} of training left" if left and rates else ""
     console.print(summary + eta, highlight=False)
+
+
+# ------------------------------------------------------------------------------------------------ laws
+
+METHODS = {
+    "isoflop": ("loss quadratic in ln N at each budget; N* ~ C^a, D* ~ C^b", "params, tokens → loss",
+                "Hoffmann et al. 2022 (arXiv 2203.15556), approach 2"),
+    "envelope": ("lower envelope of training curves; N* ~ C^a, D* ~ C^b", "params, tokens, run → loss",
+                 "Hoffmann et al. 2022 (arXiv 2203.15556), approach 1"),
+}  # fmt: skip
+
+
+def laws_known(known: Mapping[str, Any]) -> None:
+    """Name, equation, columns and source of every law, and of the methods that need none."""
+    console = _console()
+    table = Table(title="scalelab fit TABLE --law NAME", title_justify="left", header_style="bold", box=None)
+    table.add_column("name", no_wrap=True)
+    for column, ratio in (("equation", 3), ("columns → target", 2), ("source", 2)):
+        table.add_column(column, ratio=ratio, overflow="fold")
+    for name in sorted(known):
+        law = known[name]()
+        table.add_row(*map(escape, (name, law.equation, f"{', '.join(law.needs)} → {law.target}", law.source)))
+    for name, row in METHODS.items():
+        table.add_row(*map(escape, (name, *row)))
+    console.print(table, highlight=False)
+
+
+def allocation(best: Any, cost: str, title: str = "") -> None:
+    """N*, D* and the target at each budget, with intervals; `best` as `Fit.optimal` gives it for a list."""
+    target = next((c for c in best if c not in ("flops", "params", "tokens") and f"{c}_lower" in best), None)
+    heads = ["C (FLOP)", "N*", "D* (tokens)", "D*/N*", *([target] if target else [])]
+    table = _table(f"{title}{': ' * bool(title)}compute-optimal", *heads)
+    for row in best.to_dict("records"):
+        cells = [_between(row, name, count) for name in ("params", "tokens")]
+        cells.append(f"{row['tokens'] / row['params']:.3g}" if math.isfinite(row["params"]) else "-")
+        table.add_row(f"{row['flops']:.4g}", *cells, *([_between(row, target, number)] if target else []))
+    _console().print(table)
+    said(f"{cost}; in brackets: 95 % intervals" if best.filter(like="_lower").notna().any(axis=None) else cost)
+    if best["params"].isna().any():
+        said("-: the law has no interior optimum there")
+
+
+def _between(row: Mapping[str, float], name: str, form: Any) -> str:
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_lower", "_upper"))
+    if not math.isfinite(value):
+        return "-"
+    return form(value) + (f" [{form(low)}, {form(high)}]" if math.isfinite(low) else "")
+
+
+def findings(fit: Any) -> None:
+    for notice in fit.warnings:
+        said(str(notice))
+
+
+def said(text: str) -> None:
+    """A line of words, which may hold brackets and paths."""
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)

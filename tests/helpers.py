@@ -15,6 +15,22 @@ import numpy as np
 from scalelab import config, data
 from scalelab.config import RunSpec
 
+# One process answers many questions: what is asked is whether main() refuses, not whether Python starts.
+RUNNER = """
+import contextlib, io, json, sys
+from scalelab.cli import main
+answers = []
+for argv in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(argv)
+        except SystemExit as stop:
+            status = stop.code
+    answers.append([status, out.getvalue(), err.getvalue()])
+json.dump(answers, sys.stdout)
+"""
+
 TINY: dict[str, Any] = {
     "model.width": 16, "model.layers": 2, "model.attention.heads": 2, "model.attention.kv_heads": 1,
     "model.attention.head_dim": 8, "model.mlp.hidden": 32, "model.compute_dtype": "float32", "model.loss_chunk": 64,
@@ -109,3 +125,12 @@ def environment() -> dict[str, str]:
 
 def read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def ask(questions: list[list[str]], cwd: pathlib.Path) -> list[tuple[int, str, str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER], input=json.dumps(questions), cwd=cwd, env=environment(), capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [tuple(answer) for answer in json.loads(done.stdout)]

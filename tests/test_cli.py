@@ -11,37 +11,12 @@ import pytest
 
 from scalelab import records
 from scalelab.paths import write_atomically
-from tests.helpers import TINY, arguments, environment, read_json, scalelab, small_corpus
-
-# One process answers many questions: what is asked is whether main() refuses, not whether Python starts.
-RUNNER = """
-import contextlib, io, json, sys
-from scalelab.cli import main
-answers = []
-for argv in json.load(sys.stdin):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main(argv)
-        except SystemExit as stop:
-            status = stop.code
-    answers.append([status, out.getvalue(), err.getvalue()])
-json.dump(answers, sys.stdout)
-"""
+from tests.helpers import TINY, arguments, ask, environment, read_json, scalelab, small_corpus
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def ask(questions: list[list[str]], cwd: pathlib.Path) -> list[tuple[int, str, str]]:
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=json.dumps(questions), cwd=cwd, env=environment(), capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [tuple(answer) for answer in json.loads(done.stdout)]
 
 
 def test_bad_input_is_one_line_status_2_and_leaves_nothing(tmp_path, corpus):
@@ -260,5 +235,5 @@ def test_imports_stay_light(code, without):
 def test_help_names_every_command():
     done = scalelab("--help", cwd=pathlib.Path.cwd())
     assert done.returncode == 0
-    for name in ("plan", "train", "sweep", "status", "fit", "report", "sample", "data", "bench"):
+    for name in ("plan", "train", "sweep", "status", "fit", "compare", "report", "sample", "data", "bench"):
         assert re.search(rf"^\s+{name}\s", done.stdout, re.MULTILINE)

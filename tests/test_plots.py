@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "laws"))
 from planted import best_size, curves, sweep
 
-from scalelab import laws, plots
+from scalelab import laws, plots, study_plots
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +115,14 @@ def test_holdout_without_enough_runs_says_why():
 
 def test_expanding_shows_each_law_beside_the_baselines(world):
     other = laws.fit("kaplan", sweep(noise=0.003), bootstrap=0)
-    ax = plots.expanding({"surface": world["fit"], "Kaplan": other})
+    ax = study_plots.expanding({"surface": world["fit"], "Kaplan": other})
     assert texts(ax) == ["surface", "Kaplan", "nearest run", "power law in C"]
     expected = world["fit"].expanding().by_distance
     np.testing.assert_allclose(ax.lines[0].get_ydata(), 100 * expected["law"])
     np.testing.assert_allclose(ax.lines[2].get_ydata(), 100 * expected["nearest run"])
     assert world["fit"].plot.expanding(ax) is ax
     few = laws.fit("chinchilla", sweep(budgets=(1e18, 1e20), sizes=4), bootstrap=0)
-    assert "no hold-out" in plots.expanding({"few": few}).texts[0].get_text()
+    assert "no hold-out" in study_plots.expanding({"few": few}).texts[0].get_text()
 
 
 def test_allocation_takes_an_envelope_too(world):
@@ -169,7 +169,7 @@ def test_every_figure_can_be_drawn(world, tmp_path):
         "measured": lambda: plots.measured(world["fit"]),
         "allocation": lambda: plots.allocation({"a": world["fit"], "b": world["isoflop"]}, [1e18, 1e21])[0],
         "holdout": lambda: plots.holdout(world["fit"]),
-        "expanding": lambda: plots.expanding({"a": world["fit"]}),
+        "expanding": lambda: study_plots.expanding({"a": world["fit"]}),
     }
     for name, function in draw.items():
         function().figure.savefig(tmp_path / f"{name}.png", dpi=50)

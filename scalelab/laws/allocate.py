@@ -7,9 +7,10 @@ first-order condition is solved numerically in ln N; where no interior minimum e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from scalelab.errors import BadInput
@@ -117,6 +118,18 @@ def flops_per_token(
         return np.exp(curve(inside - centre) + slope(inside - centre) * (x - inside))
 
     return cost
+
+
+def measured(columns: Mapping[str, Any], paid: str = "params") -> Cost:
+    """`flops_per_token` of a table's columns by role, where every run has FLOPs, else 6 (C = 6 N D).
+
+    paid: role of the parameters that compute is paid for.
+    """
+    known = [pd.to_numeric(columns[role], errors="coerce") for role in (paid, "tokens", "flops") if role in columns]
+    N_D_C = [np.asarray(values, dtype=np.float64) for values in known]
+    if len(N_D_C) < 3 or not len(N_D_C[0]) or not all((np.isfinite(v) & (v > 0)).all() for v in N_D_C):
+        return 6.0
+    return flops_per_token(*N_D_C)
 
 
 def search(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,12 @@ class Calibration(Shown):
     def ok(self) -> bool:
         """Whether every coverage is within two binomial errors of the level, or above."""
         return bool((self.table["coverage"] + 2 * self.table["error"] >= self.level).all())
+
+    def plot(self, ax: Any = None) -> Any:
+        """Coverage of each quantity beside the nominal level; takes and returns a matplotlib `ax`."""
+        from scalelab import study_plots
+
+        return study_plots.coverage(self, ax)
 
     def summary(self) -> str:
         lines = [

@@ -100,10 +100,11 @@ class Comparison(Shown):
                     f"{_interval(at('lower'), at('upper'), '+.4f'):>21} {at('probability'):10.3f}  {row['verdict']}"
                     f"{'' if row['inside'] else ' (outside the data)'}"
                 )
-            lines.append(self._crossing_line(arm))
+            lines.append(self.crossing_line(arm))
         return "\n".join([*lines, "", str(self.warnings)])
 
-    def _crossing_line(self, arm: str) -> str:
+    def crossing_line(self, arm: str) -> str:
+        """Where an arm crosses the reference, in words."""
         row = self.crossings.loc[arm]
         chance = "" if np.isnan(row.probability_inside) else f"; P(within the data) = {row.probability_inside:.3f}"
         if np.isnan(row.flops):
@@ -146,7 +147,7 @@ class Comparison(Shown):
             stored = document[name]
             frames.append(pd.DataFrame({c: v if c in LABELS else np.array(v, dtype=float) for c, v in stored.items()}))
         frames[0]["inside"] = frames[0]["inside"].astype(bool)
-        notices = [Notice(**n) for n in document["warnings"]]
+        notices = [Notice.restore(n) for n in document["warnings"]]
         return cls(frames[0], frames[1], frames[2].set_index("arm"), notices, document["record"])
 
 
@@ -164,18 +165,19 @@ class ComparisonPlot:
         self._of = comparison
 
     def multiplier(self, ax: Any = None) -> Any:
-        """The compute multiplier of each arm against C, with bands; filled points where there is a verdict."""
+        """The compute multiplier of each arm against C, with bands; filled points where there is a verdict. Dotted:
+        the crossing; the thick line is its interval."""
         from scalelab import plots
 
         ax = self._bands(ax, "multiplier", "multiplier_lower", "multiplier_upper", 1.0)
-        ax.set(yscale="log", ylabel=f"compute for the loss of {self._of.reference} (× C)")
+        ax.set(yscale="log", ylabel=f"compute for the loss\nof {self._of.reference} (× C)")
         plots.plain_log(ax, "y")
         return ax
 
     def difference(self, ax: Any = None) -> Any:
-        """The loss difference at equal compute against C, with bands; filled points where there is a verdict."""
+        """The loss difference at equal compute against C, in the same way."""
         ax = self._bands(ax, "difference", "lower", "upper", 0.0)
-        ax.set(ylabel=f"optimal loss minus that of {self._of.reference}")
+        ax.set(ylabel=f"optimal loss minus\nthat of {self._of.reference}")
         return ax
 
     def _bands(self, ax: Any, value: str, lower: str, upper: str, level: float) -> Any:
@@ -195,8 +197,11 @@ class ComparisonPlot:
                 table["flops"][~sure], finite[value][~sure], "o", color=colour, markersize=5, markerfacecolor="white"
             )
             crossing = self._of.crossings.loc[arm]
-            if np.isfinite(crossing.flops) and table["flops"].min() <= crossing.flops <= table["flops"].max():
+            first, last = table["flops"].min(), table["flops"].max()
+            if np.isfinite(crossing.flops) and first <= crossing.flops <= last:
                 ax.axvline(crossing.flops, color=colour, linewidth=0.9, linestyle=":")
+                ends = np.clip([crossing.lower, crossing.upper], first, last)  # NaN without draws
+                ax.plot(ends, [level, level], color=colour, linewidth=3.5, alpha=0.7, solid_capstyle="butt")
         ax.axhline(level, color="black", linewidth=0.8)
         ax.set(xscale="log", xlabel="training compute C (FLOP)")
         left, right = ax.get_xlim()
@@ -205,7 +210,8 @@ class ComparisonPlot:
         if high < right:
             ax.axvspan(high, right, color="#999999", alpha=0.12, linewidth=0)
         ax.set_xlim(left, right)
-        title = f"bands: {100 * self._of.record['level']:g} % intervals; hollow: no verdict; grey: outside the data"
+        title = f"bands: {100 * self._of.record['level']:g} % intervals\nhollow: no verdict; grey: outside the data"
         ax.set_title(title, fontsize="small", color=plots.GREY)
+        plots.power_log(ax, "x")
         ax.legend(fontsize="small", frameon=False)
         return ax

@@ -29,7 +29,7 @@ def findings(rows: Rows, law: Law) -> Iterator[Notice]:
     """mixed-schedules, cut-cosine, untuned-lr, mixed-N-kinds, mixed-evals."""
     for role, (code, what, remedy) in KINDS.items():
         values = _labels(rows, role)
-        if role not in (*law.inputs, law.group) and len(values) > 1:
+        if role not in (*law.needs, law.group) and len(values) > 1:
             yield Notice(
                 code, "warning", f"{what} differs among rows: {', '.join(values)}.", remedy, {"values": values}
             )
@@ -47,7 +47,7 @@ def _labels(rows: Rows, role: str) -> list[str]:
 
 def _cut(rows: Rows, law: Law) -> Iterator[Notice]:
     step, total = rows.columns.get("step"), rows.columns.get("steps")
-    if step is None or total is None or "schedule" not in rows.columns or "step" in law.inputs:
+    if step is None or total is None or "schedule" not in rows.columns or "step" in law.needs:
         return
     decaying = np.array([any(part in str(s).lower() for part in DECAYING) for s in rows.columns["schedule"]])
     cut = decaying & (step < 0.999 * total)  # the last evaluation may be a step short
@@ -80,7 +80,7 @@ def _evals(rows: Rows, law: Law) -> Iterator[Notice]:
 
 def _rates(rows: Rows, law: Law) -> Iterator[Notice]:
     rate, N = rows.columns.get("lr"), rows.columns.get("params")
-    if rate is None or N is None or "lr" in law.inputs:
+    if rate is None or N is None or "lr" in law.needs:
         return
     known = np.isfinite(rate) & (rate > 0) & np.isfinite(N) & (N > 0)
     if known.sum() < 4:

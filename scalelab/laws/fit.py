@@ -15,6 +15,7 @@ from jaxtyping import Float
 from scalelab.errors import BadInput
 from scalelab.laws import calibrate, card, checks, diagnose, intervals, sensitivity, validate
 from scalelab.laws.allocate import Cost
+from scalelab.laws.figures import Plot
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import Objective
 from scalelab.laws.prediction import Prediction
@@ -370,38 +371,5 @@ class Fit(Result):
 
     def document(self) -> dict[str, Any]:
         self.warnings  # noqa: B018  a file says everything that there is to say
-        law = {"law": self.law.name, "arguments": dict(self.law.arguments)}
+        law = {"law": self.law.name, "arguments": jsonable(self.law.arguments)}
         return super().document() | law | {"rows": jsonable(self.rows.document())}
-
-
-class Plot:
-    """`fit.plot.surface(ax)` and so on; matplotlib is imported on the first call."""
-
-    def __init__(self, fit: Fit):
-        self._fit = fit
-
-    def _draw(self, function: str, *args: Any) -> Any:
-        from scalelab import plots
-
-        draw: Callable[..., Any] = getattr(plots, function)
-        return draw(*args)
-
-    def surface(self, ax: Any = None) -> Any:
-        """Loss over N and D with the compute-optimal frontier."""
-        return self._draw("surface", self._fit, None, ax)
-
-    def residuals(self, ax: Any = None) -> Any:
-        """Measured against fitted loss."""
-        return self._draw("measured", self._fit, ax)
-
-    def frontier(self, flops: Sequence[float], ax: Any = None) -> Any:
-        """N* and D* against C (FLOPs, lowest and highest), with bands."""
-        return self._draw("allocation", {self._fit.law.name: self._fit}, flops, ax)
-
-    def holdout(self, ax: Any = None) -> Any:
-        """The held-out runs, predicted and measured."""
-        return self._draw("holdout", self._fit, ax)
-
-    def expanding(self, ax: Any = None) -> Any:
-        """Held-out error against the distance in decades, over many cuts, beside the baselines."""
-        return self._draw("expanding", {self._fit.law.name: self._fit}, ax)

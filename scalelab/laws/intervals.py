@@ -229,6 +229,7 @@ class Profile:
     upper: float
     scale: float
     table: pd.DataFrame
+    quantile: float  # of |t|, where the interval ends
 
     def __str__(self) -> str:
         best = self.table[self.name].iloc[int(self.table["objective"].argmin())]
@@ -293,7 +294,7 @@ def profile(fit: Fit, name: str, level: float = 0.95) -> Profile:
     table = table[[name, *[n for n in fit.names if n != name]]]
     table.insert(1, "objective", found[1])
     table.insert(2, "t", t)
-    return Profile(name, level, natural[0], natural[1], scale, table.sort_values(name, ignore_index=True))
+    return Profile(name, level, natural[0], natural[1], scale, table.sort_values(name, ignore_index=True), needed)
 
 
 def _error(fit: Fit, name: str, without: float) -> float:

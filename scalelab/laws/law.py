@@ -52,7 +52,8 @@ class Law:
     ranges: Mapping[str, tuple[float, float]] = types.MappingProxyType({})  # role -> lowest and highest sensible value
     group: str | None = None  # role of a label (family, corpus, task) that the formula takes as integers
     published: Mapping[str, Mapping[str, float]] = types.MappingProxyType({})  # who -> its constants, to compare with
-    arguments: Mapping[str, Any] = types.MappingProxyType({})  # what the class was called with, for the fit's file
+    # what the class was called with, by name or by place, for the fit's file
+    arguments: Mapping[str, Any] | Sequence[str] = ()
     scale: tuple[str, ...] = ()  # roles whose product orders rows by size, for hold-out; default: compute, or inputs[0]
     fewest_tokens: float = 1.0  # per parameter: below, an optimum is taken for the spurious one of a flexible surface
     paid: str = "params"  # role of the parameters that compute is paid for: `optimal` chooses these and tokens
@@ -124,6 +125,11 @@ class Law:
         return ()
 
     # ---------------------------------------------------------------------------------------- allocation
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Roles of the columns that a table must have, beside the target."""
+        return (*self.inputs, *self.measured)
 
     @property
     def allocates(self) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
+NOT_FINITE: dict[Any, float] = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
 SEVERITIES = ("note", "warning", "error")
 
 
@@ -23,8 +25,21 @@ class Notice:
         if self.severity not in SEVERITIES:
             raise ValueError(f"severity {self.severity!r} is none of {SEVERITIES}")
 
+    @classmethod
+    def restore(cls, document: dict[str, Any]) -> Notice:
+        """From a file, in which numbers that are not finite are null and text."""
+        return cls(**{**document, "numbers": _numbers(document["numbers"])})
+
     def __str__(self) -> str:
         return f"{self.severity} [{self.code}] {self.message} Remedy: {self.remedy}"
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _numbers(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return NOT_FINITE.get(value, value)
 
 
 def name_rows(labels: Iterable[Any], most: int = 5) -> str:

@@ -315,6 +315,12 @@ class Plan(Shown):
         text = CONFIG.format(law=self.fit.law.name, name=name, target=self.target, budget=self.budget, runs=lines)
         return save(path, text)
 
+    def plot(self, ax: Any = None) -> Any:
+        """Expected widths of the designs; takes and returns a matplotlib `ax`."""
+        from scalelab import study_plots
+
+        return study_plots.plan(self, ax)
+
     def summary(self) -> str:
         """The designs with their widths, and which one is recommended."""
         lines = [

@@ -31,7 +31,7 @@ class Prediction:
         residual = fit.resid.to_numpy()
         n, P = len(residual), fit.record["free"]
         rng = np.random.default_rng(fit.options.seed)
-        noise = rng.choice(residual - np.median(residual), size=curve.shape) * np.sqrt(n / max(1, n - P))
+        noise = rng.choice(residual - np.median(residual), size=(len(curve), 1)) * np.sqrt(n / max(1, n - P))
         runs = curve * np.exp(noise) if fit.options.objective.on == "log" else curve + noise
         possible = fit.law.ranges.get(fit.law.target, (-np.inf, np.inf))
         obs_lower, obs_upper = fit.interval(np.clip(runs, *possible), level)

@@ -49,6 +49,12 @@ class Ranking(Shown):
         """The fit of the form with the smallest held-out error."""
         return self.fits[next(str(name) for name in self.table.index if name in self.fits)]
 
+    def plot(self, ax: Any = None) -> Any:
+        """Held-out and in-sample errors with the noise floor; takes and returns a matplotlib `ax`."""
+        from scalelab import study_plots
+
+        return study_plots.ranking(self, ax)
+
     def summary(self) -> str:
         lines = [
             f"{self.held_out} runs of {self.called} >= {self.cut:.3g} predicted; "

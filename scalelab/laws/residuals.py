@@ -33,7 +33,8 @@ def orders(fit: Fit) -> dict[str, np.ndarray]:
     """Logs of what residuals may trend with: C, D/N, and each positive input."""
     rows, law = fit.rows, fit.law
     values = {"C": rows.compute} if rows.has_compute else {}
-    for role in law.inputs:
+    # inputs that a law computes for itself, a whole schedule's, are no order that a reader knows
+    for role in law.inputs if set(law.inputs) <= set(law.needs) else law.scale:
         if role != law.group and (rows.columns[role] > 0).all():
             values[SYMBOL.get(role, role)] = rows.columns[role]
     if {"N", "D"} <= set(values):

@@ -53,23 +53,25 @@ def load(path: str | os.PathLike[str], known: Mapping[str, Callable[..., Law]], 
     common = (
         array(list(document["params"].values())),
         array(document["draws"]).reshape(-1, len(names)),
-        [Notice(**n) for n in document["warnings"]],
+        [Notice.restore(n) for n in document["warnings"]],
         document["record"],
     )
     fit: Result
     if kind in TABLES:
         fit = TABLES[kind].restore(names, *common, document)
     else:
-        name = document["law"]
+        name, arguments = document["law"], document.get("arguments", {})
+        by_place, by_name = ([], arguments) if isinstance(arguments, dict) else (arguments, {})
         if law is None and name not in known:
             remedy = f"is none of {', '.join(sorted(known))}; for a law of your own: laws.load(path, law=...)"
             raise BadInput(f"{path.name}: law", name, remedy)
-        law = law or known[name](**document.get("arguments", {}))
+        law = law or known[name](*by_place, **by_name)
         if kind == "shared":
             law = Joint(law, document["arms"])
         if (law.name, tuple(law.parameters)) != (name, names):
             raise BadInput(f"{path.name}: law", f"{name} of {', '.join(names)}", f"is not the law given, {law.name}")
         record = common[3]
+        record["value"] = float(array([record["value"]])[0])  # of a fit that has not converged it may be no number
         if "options" in record:
             options = Options.restore(record["options"])
         else:  # schema 1

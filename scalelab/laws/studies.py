@@ -251,9 +251,11 @@ def _objectives(fit: Fit) -> Iterator[Notice]:
 
 
 def _outside(value: float, point: float, low: float, high: float, factor: float) -> bool:
-    """Whether a value leaves an interval stretched about its point; never, where that is as narrow as rounding."""
-    wide = high - low > 1e-9 * abs(point)
-    return wide and not point - factor * (point - low) <= value <= point + factor * (high - point)
+    """Whether a value leaves an interval stretched about its point; never, where that is as narrow as rounding, or
+    where there is no value."""
+    if not np.isfinite(value) or high - low <= 1e-9 * abs(point):
+        return False
+    return not point - factor * (point - low) <= value <= point + factor * (high - point)
 
 
 def _isoflop(fit: Fit) -> Iterator[Notice]:

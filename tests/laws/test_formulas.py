@@ -6,43 +6,14 @@ import types
 import jax
 import numpy as np
 import pytest
+from planted import case
 
 from scalelab.laws.forms import ALL
 from scalelab.laws.traced import UNTRACEABLE, Traced
 
-ROWS = 6
-# where the middle of the search makes no sense together
-GIVEN = {"m4": {"E": 0.1, "L0": 0.9, "alpha": 1.5, "B": 50.0, "c": 0.3}}
 # m4 iterates until its equation is solved; the curve laws sum over steps with derivatives of their own
 UNTRACED = {"m4", "annealing", "multi-power"}
 TRACED = [form for form in ALL if form.name not in UNTRACED]
-
-
-def case(form):
-    """Published constants where there are any, else the middle of the search, and inputs of a sensible size."""
-    rng = np.random.default_rng(0)
-    specs = list(form.parameters.values())
-    known = GIVEN.get(form.name) or (next(iter(form.published.values()), {}) if form.published else {})
-    middle = [float(known.get(n, s.to_p(np.mean(s.search)))) for n, s in form.parameters.items()]
-    params = np.array(middle) * (1 + 0.01 * rng.standard_normal((ROWS, len(specs))))
-    columns = {}
-    for role in (*form.inputs, *form.measured):
-        low, high = form.ranges.get(role, (np.nan, np.nan))
-        if role == form.group:
-            columns[role] = np.zeros(ROWS)
-        elif np.isfinite([low, high]).all():
-            columns[role] = rng.uniform(low + 0.05 * (high - low), high - 0.05 * (high - low), ROWS)
-        elif role in ("params", "params_active", "params_non_embedding", "tokens", "unique_tokens", "flops"):
-            columns[role] = np.exp(rng.uniform(np.log(1e8), np.log(1e10), ROWS))
-        else:
-            columns[role] = rng.uniform(1.5, 6, ROWS)
-    for role in columns:
-        if role.startswith("unique_tokens") and "tokens" in columns:
-            columns[role] = columns["tokens"] / rng.uniform(1.5, 6, ROWS)
-    shares = [role for role in columns if role.startswith("r_")]
-    total = np.sum([columns[role] for role in shares], axis=0)
-    columns |= {role: columns[role] / total for role in shares}
-    return params, columns
 
 
 @pytest.mark.parametrize("form", ALL, ids=lambda form: form.name)

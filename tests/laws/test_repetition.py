@@ -234,3 +234,12 @@ def test_planted_utility_decay():
     assert ((interval.lower <= pd.Series(truth)) & (pd.Series(truth) <= interval.upper)).all(), interval
     with pytest.raises(BadInput, match="at least one pool"):
         law.fit(table.assign(unique_tokens_top=0.0, unique_tokens_rest=0.0))
+
+
+def test_many_epochs_in_little_memory():
+    """Chunks of epochs give the sum that the law is; past all reason it is refused, in one line."""
+    seen = POOL * np.array([3.4, 40.0, 41.5, 1000.25])
+    expected = [step_by_step(1, s) for s in seen]
+    np.testing.assert_allclose(goyal(1, seen), expected, rtol=1e-12)
+    with pytest.raises(BadInput, match=r"tokens = 1280000000000000.0: are 1e\+08 epochs; up to 4096"):
+        goyal(1, POOL * 1e8)

@@ -9,6 +9,7 @@ import pytest
 
 from scalelab import laws
 from scalelab.errors import BadInput
+from scalelab.laws import residuals
 from scalelab.laws.curves import DROP, NODES, curve_features
 from scalelab.laws.forms import Annealing, MultiPower
 
@@ -304,3 +305,14 @@ def test_annealing_law_on_the_published_curves(published, size):
     freed = laws.fit("annealing", features[features.schedule.isin(FITTED)], bootstrap=0, fixed={})
     assert freed.record["value"] < fit.record["value"]
     assert 0.99 < freed.params.lam < 0.9995
+
+
+def test_findings_speak_of_what_a_reader_knows():
+    """Several schedules are what such a law is for; its computed features are no order to look for trends in."""
+    table = pd.concat([rows(name) for name in ("cosine", "wsd", "two-stage")], ignore_index=True)
+    law = Annealing()
+    truth = {"L0": 2.5, "A": 0.4, "alpha": 0.5, "C": 0.5, "lam": 0.999}
+    value = law.predict(truth, table.assign(loss=np.nan)).reindex(table.index)
+    fit = law.fit(table.assign(loss=table.loss * value), bootstrap=0)
+    assert "mixed-schedules" not in {n.code for n in fit.warnings}
+    assert list(residuals.orders(fit)) == ["lr_sum"]

@@ -125,6 +125,11 @@ class Transfer(Law):
     source = "Hernandez et al. 2021 (arXiv 2102.01293)"
     objective = LOG_SQUARES
 
+    @property
+    def allocates(self) -> bool:
+        """False: D_F and N are no training run's, and D_T is no loss."""
+        return False
+
     def formula(self, p, x):
         return np.exp(np.log(p.k) + p.alpha * np.log(x.tokens) + p.beta * np.log(x.params))
 

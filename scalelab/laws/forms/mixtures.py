@@ -37,7 +37,7 @@ class DataMixture(Law):
         domains = domains or ("r_1", "r_2", "r_3")
         if len(domains) < 2 or len(set(domains)) < len(domains):
             raise BadInput("domains", domains, "name two or more different columns of proportions")
-        self.domains = self.inputs = self.may_be_zero = domains
+        self.domains = self.inputs = self.may_be_zero = self.arguments = domains
         self.parameters = {
             "c": positive(1e-2, 10, linear=True),
             "k": positive(1e-3, 10, linear=True),

@@ -37,7 +37,7 @@ class Precision(Law):
         wrong = [x for x in parts if x not in PARTS]
         if wrong or len(set(parts)) < len(parts):
             raise BadInput("precision", parts, f"must be different ones of {', '.join(PARTS)}")
-        self.parts = parts
+        self.parts = self.arguments = parts
         self.parameters = {
             "E": positive(1e-2, 10, linear=True),
             "A": positive(1, 1e5, linear=True),

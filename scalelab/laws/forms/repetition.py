@@ -14,6 +14,9 @@ from scalelab.laws.parameter import free, negative, positive
 from scalelab.laws.powersum import EXPONENTS
 from scalelab.laws.regression import StartsBy
 
+EPOCHS = 4096  # the most that `UtilityDecay` adds up
+AT_ONCE = 16  # of these, for all rows and parameter vectors in memory together
+
 
 def worth(seen: Any, unique: Any, R_star: Any) -> Any:
     """What `seen` tokens drawn from `unique` ones are worth in fresh ones: U + U R* (1 - exp(-R / R*)), R = seen/U - 1.
@@ -121,7 +124,7 @@ class _Pooled(Law):
         pools = pools or ("1", "2")
         if len(set(pools)) < len(pools):
             raise BadInput("pools", pools, "must have different names")
-        self.pools = pools
+        self.pools = self.arguments = pools
 
     def names(self, what: str) -> tuple[str, ...]:
         """A role or parameter per pool."""
@@ -194,7 +197,7 @@ class UtilityDecay(_Pooled):
         b_j = sum_k (U_k / U) b_k 2^(-j / (tau_k U / U_k))
 
     as in the source for pools of one size; the weights U_k / U are scalelab's extension to unequal ones. The authors'
-    code multiplies d by the product too; here, as in their equation, it stays outside.
+    code multiplies d by the product too; here, as in their equation, it stays outside. Up to 4,096 epochs.
 
     Objective: unweighted least squares on the error, as in the source (which scans a grid).
     """
@@ -224,7 +227,10 @@ class UtilityDecay(_Pooled):
         total = pools.sum(0)
         if not ((pools >= 0).all() and (total > 0).all()):
             raise BadInput("unique_tokens", "none", "each row needs at least one pool above 0, and none below")
-        epochs = np.arange(1, max(2, int(np.ceil((seen / total).max()))))
+        most = float((seen / total).max())
+        if most > EPOCHS:
+            raise BadInput("tokens", float(seen[np.argmax(seen / total)]), f"are {most:.3g} epochs; up to {EPOCHS}")
+        epochs = np.arange(1, max(2, int(np.ceil(most))))
         after = np.minimum(total[:, None] * (epochs + 1), seen[:, None])
         before = np.minimum(total[:, None] * epochs, seen[:, None])
         return {
@@ -239,7 +245,10 @@ class UtilityDecay(_Pooled):
         start = np.log(p.a) + x.log_first
         for pool, share in zip(self.pools, x.shares, strict=True):
             b, tau = getattr(p, f"b_{pool}"), getattr(p, f"tau_{pool}")
-            halvings = share[:, None] * x.repeat / tau[..., None]
-            later = np.sum(np.exp(-np.log(2.0) * halvings) * x.log_growth, axis=-1)
+            later: Any = 0.0
+            for first in range(0, len(x.repeat), AT_ONCE):
+                part = slice(first, first + AT_ONCE)
+                halvings = share[:, None] * x.repeat[part] / tau[..., None]
+                later = later + np.sum(np.exp(-np.log(2.0) * halvings) * x.log_growth[:, part], axis=-1)
             log_excess = log_excess + b * share * (start + later)
         return p.d + np.exp(log_excess)

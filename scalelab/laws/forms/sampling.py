@@ -94,6 +94,11 @@ class Speculative(Law):
         self.parameters = {n: free(-20, 20, linear=True) if n == "l0" else free(-2, 2, linear=True) for n in names}
         self.arguments = {"varied": list(self.inputs)}
 
+    @property
+    def allocates(self) -> bool:
+        """False: the more tokens are accepted the better, and more of everything helps."""
+        return False
+
     def formula(self, p, x):
         return p.l0 + sum(getattr(p, self.slopes[role]) * np.log(getattr(x, role)) for role in self.inputs)
 

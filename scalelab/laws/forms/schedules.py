@@ -33,6 +33,10 @@ class CurveLaw(Law):
 
     scale = (LR_SUM,)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return "schedule", "step", "lr"
+
     def table_of(self, table: Table, columns: Mapping[str, str], fitting: bool = False) -> Table:
         if LR_SUM in table:  # prepared by `curve_features`
             return table
