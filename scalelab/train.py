@@ -82,9 +82,9 @@ def make_step(
 ) -> Callable[[TrainState, Int[Array, "B T+1"], Any], tuple[TrainState, dict[str, Any]]]:
     """(state, rows, learning rate) -> (state, metrics): one update on a global batch. Not jitted yet.
 
-    The batch is cut into `accum_steps` parts. Loss and gradient are sums over all scored targets divided by their number
-    in the whole batch, whatever the parts; a loss on how the whole batch was routed needs a pass before that counts.
-    With `trained`, a tree of bool, only those tensors have gradients, optimizer state and updates.
+    The batch is cut into `accum_steps` parts. Loss and gradient are sums over all scored targets divided by their
+    number in the whole batch, whatever the parts; a loss on how the whole batch was routed needs a pass before that
+    counts. With `trained`, a tree of bool, only those tensors have gradients, optimizer state and updates.
     """
     parts, z_loss = config.train.accum_steps, config.train.z_loss
 

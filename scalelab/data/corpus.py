@@ -294,6 +294,19 @@ def open(config_data: Any) -> Corpus:
     )
 
 
+def open_tokenizer(config_data: Any) -> tokenizers.Tokenizer:
+    """The tokenizer of `config.data`, without reading any text."""
+    _check(config_data)
+    name, source = next(iter(config_data.sources.items()))
+    if source.kind == "text":
+        return tokenizers.load(config_data.tokenizer)
+    if source.kind == "tokens":
+        return shards.open_tokenizer(source.path, _path_field(name))
+    if source.kind == "synthetic":
+        return synthetic.Symbols(synthetic.parse(source.path, _path_field(name))["vocab"])
+    return probes.Numbers(probes.parse(source.path, _path_field(name)).vocab)
+
+
 def fingerprint(config_data: Any) -> dict[str, str]:
     """`Corpus.content` without opening the corpus: nothing is tokenized, JAX and Grain are not imported."""
     _check(config_data)

@@ -62,12 +62,25 @@ class Task:
         """Symbols; bos comes after them."""
         raise NotImplementedError
 
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing."""
+        raise NotImplementedError
+
     def wrong(self, T: int) -> str:
         """Why there are no rows of T tokens, or ""."""
         raise NotImplementedError
 
+    def up_to(self, size: int) -> tuple[Task, int]:
+        """(task, sequence length) to train on, of this size at the most."""
+        raise NotImplementedError
+
     def at(self, size: int, T: int) -> tuple[Task, int]:
-        """(task, sequence length) whose rows all have this size, for a task that trains on rows of T."""
+        """(task, sequence length) whose rows all have this size, for a task that is trained on rows of T."""
+        raise NotImplementedError
+
+    def longest(self, T: int) -> int:
+        """The largest size of rows of T tokens."""
         raise NotImplementedError
 
     def width(self, T: int) -> int:
@@ -93,13 +106,23 @@ class Modular(Task):
     def vocab(self) -> int:
         return max(self.m, self.symbols)
 
+    @property
+    def chance(self) -> float:
+        return 1 / self.m
+
     def wrong(self, T: int) -> str:
         if self.m < 2 or self.symbols < 2:
             return "m and symbols must be at least 2"
         return "" if T >= 2 else "needs a sequence length of at least 2: bos and a symbol"
 
-    def at(self, size: int, T: int) -> tuple[Task, int]:
+    def up_to(self, size: int) -> tuple[Task, int]:
         return self, size + 1
+
+    def longest(self, T: int) -> int:
+        return T - 1
+
+    def at(self, size: int, T: int) -> tuple[Task, int]:
+        return self.up_to(size)
 
     def width(self, T: int) -> int:
         return T - 1
@@ -130,6 +153,10 @@ class Recall(Task):
     def vocab(self) -> int:
         return self.keys + self.values + 1
 
+    @property
+    def chance(self) -> float:
+        return 1 / self.values
+
     def wrong(self, T: int) -> str:
         if self.pairs < 1 or not 0 <= self.least <= self.pairs:
             return "pairs must be at least 1, and least from 0 to pairs"
@@ -138,11 +165,18 @@ class Recall(Task):
         if not 0 <= self.power <= 1:
             return "power must lie in [0, 1]"
         need = 3 * self.pairs + 1
-        return "" if T >= need else f"needs a sequence length of at least {need}: bos, pairs and queries"
+        return "" if need <= T else f"needs a sequence length of at least {need}: bos, pairs and queries"
+
+    def up_to(self, size: int) -> tuple[Task, int]:
+        """Twice the room that the queries need."""
+        return dataclasses.replace(self, pairs=size), 4 * size + 1
 
     def at(self, size: int, T: int) -> tuple[Task, int]:
         """Rows as long as in training, or as the pairs need."""
         return dataclasses.replace(self, pairs=size, least=0), max(T, 3 * size + 1)
+
+    def longest(self, T: int) -> int:
+        return self.pairs
 
     def width(self, T: int) -> int:
         return 1 + self.keys + 2 * self.pairs + T
@@ -177,26 +211,33 @@ class Copy(Task):
     def vocab(self) -> int:
         return self.symbols + 2  # blank, separator
 
+    @property
+    def chance(self) -> float:
+        return 1 / self.symbols
+
     def wrong(self, T: int) -> str:
         if self.symbols < 2 or self.delay < 0:
             return "symbols must be at least 2, and delay at least 0"
-        most, need = self._most(T), 2 * max(1, self.least) + self.delay + 1
+        most, need = self.longest(T), 2 * max(1, self.least) + self.delay + 1
         if most < max(1, self.least):
             return f"needs a sequence length of at least {need}: bos, symbols, delay, separator, symbols"
         return "" if self.least >= 0 else "least must be at least 0"
 
-    def at(self, size: int, T: int) -> tuple[Task, int]:
-        return dataclasses.replace(self, least=0), 2 * size + self.delay + 1
+    def up_to(self, size: int) -> tuple[Task, int]:
+        return self, 2 * size + self.delay + 1
 
-    def _most(self, T: int) -> int:
+    def at(self, size: int, T: int) -> tuple[Task, int]:
+        return dataclasses.replace(self, least=0).up_to(size)
+
+    def longest(self, T: int) -> int:
         return (T - 1 - self.delay) // 2
 
     def width(self, T: int) -> int:
-        most = self._most(T)
+        most = self.longest(T)
         return 1 + most + most + self.delay
 
     def draw(self, u: Float[np.ndarray, "n k"], T: int) -> Rows:
-        most, (tokens, labels) = self._most(T), self._blank(len(u), T, self.symbols)
+        most, (tokens, labels) = self.longest(T), self._blank(len(u), T, self.symbols)
         u_n, u_symbols, u_places = np.split(u, [1, 1 + most], axis=1)
         n = _between(self.least, most, u_n)
         symbols = (u_symbols * self.symbols).astype(np.int64)
@@ -282,7 +323,7 @@ class Probe:
     entropy = 0.0
 
     def __init__(self, spec: str, seq_len: int, field: str):
-        self.task, self._seq_len, self._field = parse(spec, field), seq_len, field
+        self.task, self.seq_len, self._field = parse(spec, field), seq_len, field
         self._spec = spec
         self.content = content(spec, field)
         if self.task.vocab >= MOST_TOKENS:
@@ -297,7 +338,7 @@ class Probe:
     def held_out(self, limit: int) -> HeldOut:
         """As many different rows as fit the limit, or fewer where there are not so many. A row is a document, of as
         many bytes as answers."""
-        numbers = np.arange(max(1, limit // self._seq_len))
+        numbers = np.arange(max(1, limit // self.seq_len))
         tokens, labels = self._draw(draws.key(self.content, "held out"), numbers, held_out=True)
         first = np.sort(np.unique(tokens, axis=0, return_index=True)[1])
         tokens, labels = tokens[first], labels[first]
@@ -306,7 +347,7 @@ class Probe:
         return HeldOut(labelled(tokens, labels), doc, asked.sum(axis=1).astype(np.int64))
 
     def _draw(self, key: draws.Key, indices: Int64[np.ndarray, " n"], held_out: bool) -> Rows:
-        T, width = self._seq_len, self.task.width(self._seq_len)
+        T, width = self.seq_len, self.task.width(self.seq_len)
         tokens, labels = self.task._blank(len(indices), T, 0)
         left = np.arange(len(indices))
         for attempt in range(_ATTEMPTS):

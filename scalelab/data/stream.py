@@ -16,7 +16,6 @@ from jaxtyping import Int, Int32, Int64
 
 from scalelab.data import tokenizers
 
-
 _BITS = 15  # of a token in an entry below 0; its label has as many
 MOST_TOKENS = 2**_BITS - 1  # of a vocabulary with labels apart
 
@@ -41,8 +40,9 @@ class HeldOut:
     """Held-out documents of one source, as windows that overlap by one token, so that each target is scored once.
 
     tokens: row i predicts tokens[i, 1:] from tokens[i, :-1]. doc: the document that the *target* belongs to, an index
-    into `bytes`; -1 where the last row is padded or nothing is asked. The `bos` that ends a document is scored with it. bytes: UTF-8
-    bytes of each document: bits per byte = sum of nats / (ln 2 * sum of bytes), over any set of whole documents.
+    into `bytes`; -1 where the last row is padded or nothing is asked. The `bos` that ends a document is scored with it.
+    bytes: UTF-8 bytes of each document: bits per byte = sum of nats / (ln 2 * sum of bytes), over any set of whole
+    documents.
     """
 
     tokens: Int32[np.ndarray, "n T+1"]
