@@ -100,8 +100,8 @@ def _is_text(value: Any) -> bool:
 
 
 def ask(questions: Sequence[Question], tokenizer: Tokenizer, path: str, most: int = 0) -> tuple[list[Asked], int]:
-    """The questions in tokens, and how many contexts were cut: where a choice would be read beyond `most` tokens (0: no
-    limit), all choices of its question lose as much of their shared beginning, from the left, after bos."""
+    """The questions in tokens, and how many contexts were cut: where a choice would be read beyond `most` tokens (0:
+    no limit), all choices of its question lose as much of their shared beginning, from the left, after bos."""
     asked, cut = [], 0
     for question in questions:
         where = f"{path}:{question.line}"
