@@ -109,6 +109,9 @@ def _shape(family: str, args: Any) -> recipe.Shape:
     return {
         **SHAPES[family](args.width),
         **(NO_CONVOLUTION if tracking else {}),
+        "model.attention.heads": 4,  # one head cannot both find the token before and look a key up
+        "model.attention.kv_heads": 4,
+        "model.attention.head_dim": args.width // 4,
         "model.layers": args.layers or (1 if tracking else 2),
         "optim.lr": args.lr or LR.get(family, 5e-3),
     }
