@@ -1,6 +1,7 @@
-"""`scalelab eval`: likelihoods against direct passes, contexts beyond the training's, records whole and without doubles."""
+"""`scalelab eval`: likelihoods against direct passes, contexts beyond the training's, records that hold each once."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -47,7 +48,7 @@ PASSES = {}
 
 
 def log_p(opened, ids):
-    """log p of ids[1:], token by token, from one direct pass; what is behind them, for one compilation, says nothing."""
+    """log p of ids[1:], token by token, from one direct pass; what fills it up comes after them."""
     direct = PASSES.setdefault(id(opened.model), jax.jit(lambda p, ids: models.logits(opened.model, p, ids)))
     logits = direct(opened.params, jnp.asarray([[*ids[:-1], *[0] * (129 - len(ids))]]))[0, : len(ids) - 1]
     return np.asarray(log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
@@ -180,7 +181,7 @@ def test_a_context_is_one_pass_over_windows_of_its_length(opened, context):
     nats, seen = [], []
     for row, doc in zip(documents.tokens, documents.doc, strict=True):
         starts = [0, *(i for i in range(1, context) if row[i] == 256), context]
-        for first, end in zip(starts[:-1], starts[1:], strict=True):
+        for first, end in itertools.pairwise(starts):
             p = -log_p(opened, row[first : end + 1])
             kept = doc[first:end] >= 0
             nats += p[kept].tolist()
@@ -198,7 +199,7 @@ def test_a_context_is_one_pass_over_windows_of_its_length(opened, context):
 
 
 def test_at_the_context_of_training_it_is_the_loss_of_the_record(run):
-    corpus, folder = run
+    _, folder = run
     before = records.read(folder)
     found = scoring.score(folder, scoring.plan([], [], []))
     assert found["text@16"]["loss"] == pytest.approx(before.loss, rel=1e-6)
