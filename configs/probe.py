@@ -78,9 +78,12 @@ def get_config(arg: str = "") -> Config:
 
 def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
     args = _arguments(arg)
+    # Nothing of the first family, which `get_config` has, is left to the others.
+    plain = base()
+    unset = {field: plain[field] for field in _shape(args.families[0], args)}
     for family in args.families:
         for seed in range(args.seeds):
-            yield {**_shape(family, args), "seed": seed, "data_seed": seed}
+            yield {**unset, **_shape(family, args), "seed": seed, "data_seed": seed}
 
 
 def _arguments(arg: str) -> Any:
@@ -112,6 +115,6 @@ def _shape(family: str, args: Any) -> recipe.Shape:
         "model.attention.heads": 4,  # one head cannot both find the token before and look a key up
         "model.attention.kv_heads": 4,
         "model.attention.head_dim": args.width // 4,
-        "model.layers": args.layers or (1 if tracking else 2),
+        "model.layers": args.layers or (1 if tracking and family != "hybrid" else 2),
         "optim.lr": args.lr or LR.get(family, 5e-3),
     }

@@ -346,11 +346,15 @@ def _probe(args: argparse.Namespace) -> int:
         check_figure(args.out, "--out")
     if "," in args.task:
         raise BadInput("--task", args.task, "its options are set off by colons, as in modular:m=5")
+    if args.seeds < 1:
+        raise BadInput("--seeds", args.seeds, "must be at least 1")
     task, _, options = args.task.partition(":")
     given = {"task": task, "options": options, "families": args.families.replace(",", ":"), "size": args.size,
              "steps": args.steps, "seeds": args.seeds}  # fmt: skip
     args.config = "probe:" + ",".join(f"{name}={value}" for name, value in given.items() if value)
     sweep, root = _expand(args)
+    for drop in sweep.dropped:
+        raise BadInput("--families", drop.overrides["family"], f"cannot be trained so: {drop.reason}")
     specs = [run.spec for run in sweep.runs]
     sizes = _numbers("--lengths", args.lengths) or probe.default_sizes(specs[0])
     probe.check_sizes(specs[0], sizes)

@@ -16,6 +16,7 @@ from scalelab.config import RunSpec
 from scalelab.data import probes
 from scalelab.errors import BadInput
 from scalelab.evaluate import proportion
+from scalelab.host import use_compilation_cache
 from scalelab.restore import Opened, load, read_spec
 
 ROWS = 512  # held-out rows of one size
@@ -59,6 +60,8 @@ def source(spec: RunSpec, size: int) -> probes.Probe:
 
 
 def table(folders: Sequence[pathlib.Path], sizes: Sequence[int]) -> pd.DataFrame:
+    """`score` of several runs; those of another seed share the compiled programs."""
+    use_compilation_cache()
     return pd.concat([score(folder, sizes) for folder in folders], ignore_index=True)
 
 
