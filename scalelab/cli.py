@@ -327,8 +327,9 @@ def _sample(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from scalelab import scoring, tables
 
+    contexts = _numbers("--context", args.context)
     folders = scoring.finished(args.run)
-    plan = scoring.plan(_list(args.data), _numbers("--context", args.context), _list(args.tasks))
+    plan = scoring.plan(_list(args.data), contexts, _list(args.tasks))
     for folder in folders:
         tables.evaluations(folder.name, scoring.score(folder, plan))
     return DONE
