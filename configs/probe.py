@@ -4,9 +4,9 @@
     scalelab sweep --config=probe:task=recall,families=transformer:mamba,seeds=3
     scalelab train --config=probe:task=copy,families=gla --config.optim.lr=3e-3
 
-Arguments: task (parity | modular | recall | copy), options (of the task, by colons: m=5:symbols=5), families (by
-colons, see SHAPES below), size (what it is trained up to: a length, or pairs; 0: the task's own), width, layers, steps,
-batch (sequences), lr (0: by family), seeds (of initialisation and data, paired over families).
+Arguments: task (parity | modular | recall, also mqar | copy), options (of the task, by colons: m=5:symbols=5), families
+(by colons, see SHAPES below), size (what it is trained up to: a length, or pairs), width, layers, steps (0: the task's
+own), batch (sequences), lr (0: by family), seeds (of initialisation and data, paired over families).
 
 Defaults are minutes on two CPU cores. `deltanet` and `gated_deltanet` have eigenvalues down to -1 here, as tracking a
 state needs; the `_positive` ones are the same without.
@@ -23,15 +23,15 @@ from scalelab.schema import Config
 
 DEFAULTS: dict[str, Any] = {
     "task": "parity", "options": "", "families": ("slstm", "deltanet", "mamba", "transformer"), "size": 0,
-    "width": 32, "layers": 0, "steps": 0, "batch": 64, "lr": 0.0, "seeds": 1,
+    "width": 0, "layers": 0, "steps": 0, "batch": 64, "lr": 0.0, "seeds": 1,
 }  # fmt: skip
-SIZES = {"parity": 20, "modular": 20, "recall": 16, "mqar": 16, "copy": 16}
-OPTIONS = {"recall": "least=1", "mqar": "least=1", "copy": "least=1"}  # unless they are given
-STEPS = {"parity": 600, "modular": 600, "recall": 1000, "mqar": 1000, "copy": 1000}
-# Peak learning rates; others 5e-3. At 5e-3 the sLSTM's recurrent matrices, which start at zero, hardly leave it.
-LR = {"slstm": 2e-2}
-GATED = {"gated_deltanet__heads": 4, "gated_deltanet__value_heads": 4, "gated_deltanet__key_dim": 8,
-         "gated_deltanet__value_dim": 8}  # fmt: skip
+SIZES = {"parity": 20, "modular": 20, "recall": 8, "copy": 16}
+OPTIONS = {"recall": "least=1,keys=16,values=16", "copy": "least=1"}  # unless they are given
+STEPS = {"parity": 1200, "modular": 1200, "recall": 1200, "copy": 1200}
+WIDTHS = {"parity": 32, "modular": 32, "recall": 64, "copy": 64}
+# Peak learning rates; others 5e-3. At 5e-3 the sLSTM's recurrent matrices, which start at zero, hardly leave it; above
+# 2e-3 attention stays for long where it says any of the values there are.
+LR = {"slstm": 2e-2, "transformer": 2e-3, "moe": 2e-3, "hybrid": 2e-3}
 
 
 def _shaped(family: str, **changes: Any) -> Callable[[int], recipe.Shape]:
@@ -47,8 +47,8 @@ SHAPES: dict[str, Callable[[int], recipe.Shape]] = {
     "slstm": _shaped("slstm", blocks=(("slstm", "mlp"),)),
     "deltanet": _shaped("deltanet", deltanet__heads=4, deltanet__negative=True),
     "deltanet_positive": _shaped("deltanet_positive", deltanet__heads=4),
-    "gated_deltanet": _shaped("gated_deltanet", **GATED, gated_deltanet__negative=True),
-    "gated_deltanet_positive": _shaped("gated_deltanet_positive", **GATED),
+    "gated_deltanet": _shaped("gated_deltanet", gated_deltanet__negative=True),
+    "gated_deltanet_positive": _shaped("gated_deltanet_positive"),
     "hybrid": _shaped("hybrid", blocks=(("gated_deltanet", "mlp"), ("attention", "mlp")), suffix=()),
 }
 CONVOLVED = ("slstm", "mamba", "mamba2", "deltanet", "gated_deltanet", "mlstm_up")
@@ -88,12 +88,14 @@ def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
 
 def _arguments(arg: str) -> Any:
     args = parse_arg(arg, **DEFAULTS)
+    args.task = "recall" if args.task == "mqar" else args.task
     if args.task not in SIZES:
         raise BadInput("config argument task", args.task, f"must be one of {', '.join(SIZES)}")
+    args.width = args.width or WIDTHS[args.task]
     for family in args.families:
         if family not in SHAPES:
             raise BadInput("config argument families", family, f"must be of {', '.join(SHAPES)}")
-    for name, least in (("size", 0), ("steps", 0), ("layers", 0), ("lr", 0), ("seeds", 1), ("batch", 1), ("width", 1)):
+    for name, least in (("size", 0), ("steps", 0), ("layers", 0), ("lr", 0), ("seeds", 1), ("batch", 1)):
         if args[name] < least:
             raise BadInput(f"config argument {name}", args[name], f"must be at least {least}")
     return args
@@ -109,12 +111,19 @@ def _shape(family: str, args: Any) -> recipe.Shape:
             "config argument width", args.width, f"must be one of {', '.join(map(str, recipe.WIDTHS[:12]))}, .."
         )
     tracking = args.task in ("parity", "modular")
+    shape = SHAPES[family](args.width)
+    layers = args.layers or (1 if tracking and family != "hybrid" else 2)
+    if all(channel == "none" for _, channel in shape.get("model.blocks", [("attention", "mlp")])):
+        layers *= 2  # a mixer alone is half a layer
+    if family.startswith("gated_deltanet"):
+        heads, widths = {"heads": 4, "value_heads": 4}, {"key_dim": args.width // 4, "value_dim": args.width // 4}
+        shape |= {f"model.gated_deltanet.{name}": value for name, value in (heads | widths).items()}
     return {
-        **SHAPES[family](args.width),
+        **shape,
         **(NO_CONVOLUTION if tracking else {}),
         "model.attention.heads": 4,  # one head cannot both find the token before and look a key up
         "model.attention.kv_heads": 4,
         "model.attention.head_dim": args.width // 4,
-        "model.layers": args.layers or (1 if tracking and family != "hybrid" else 2),
+        "model.layers": layers,
         "optim.lr": args.lr or LR.get(family, 5e-3),
     }
