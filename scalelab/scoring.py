@@ -144,15 +144,15 @@ class Scorer:
         loss, loss_se = ratio(of(kept, nats), of(kept))
         bpb, bpb_se = ratio(of(kept, nats) / math.log(2), held.bytes.astype(np.float64))
         seen = self._seen(data.split_rows(held.tokens)[0])
-        curve, low = [], 1
-        while low <= T:
-            mask = kept & (seen >= low) & (seen < 2 * low)
+        curve, low, high = [], 1, 1
+        while low <= T:  # 1, 2, 3-4, 5-8, ..
+            mask = kept & (seen >= low) & (seen <= high)
             if mask.any():
                 tokens = of(mask)
                 some = tokens > 0
                 mean, error = ratio(of(mask, nats)[some], tokens[some])
-                curve.append([low, min(2 * low - 1, T), mean, error, int(mask.sum())])
-            low *= 2
+                curve.append([low, min(high, T), mean, error, int(mask.sum())])
+            low, high = high + 1, 2 * high
         return {"loss": loss, "loss_se": loss_se, "bpb": bpb, "bpb_se": bpb_se, "documents": documents,
                 "tokens": int(kept.sum()), "curve": curve}  # fmt: skip
 
