@@ -71,6 +71,27 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
     p.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time (default: 0.8)")
     p.add_argument("--seed", type=int, default=0)
+    p = command("eval", "Score a finished run: held-out sets, longer contexts, multiple choice; into its record")
+    p.add_argument("run", help="a run's folder, a sweep's .json or a folder of runs")
+    p.add_argument(
+        "--data", action="append", default=[], metavar="[NAME=]SOURCE,...",
+        help="text files or folders, token shards, synthetic[:SPEC]; their held-out part (default: the run's own)",
+    )  # fmt: skip
+    p.add_argument("--context", default="", metavar="N,...", help="window lengths (default: as trained)")
+    p.add_argument("--tasks", action="append", default=[], metavar="[NAME=]FILE,...", help="multiple choice, in JSONL")
+    p = command("probe", "Train small models on a synthetic task and show what each architecture can do")
+    p.add_argument("--task", default="parity", metavar="NAME[:OPTION=VALUE...]",
+                   help="parity | modular | recall | copy (default: parity)")  # fmt: skip
+    p.add_argument("--families", default="", metavar="A,B,...", help="default: slstm,deltanet,mamba,transformer")
+    p.add_argument("--size", type=int, default=0, metavar="N", help="length or pairs to train up to")
+    p.add_argument("--lengths", "--pairs", default="", metavar="N,...", help="sizes to test (default: from --size)")
+    p.add_argument("--steps", type=int, default=0, metavar="N")
+    p.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each family (default: 1)")
+    p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    p.add_argument("--runs", default=None, metavar="DIR", help="folder of run directories (default: config.runs)")
+    p.add_argument("--out", default=None, metavar="FILE", help="figure to write (.png, .pdf, .svg)")
+    p.set_defaults(config="probe")
+    p.epilog = "Any field of the config can be given as --config.section.field=value."
     p = command("export", "Write a run's model for other software")
     p.add_argument("path", help="a run's folder, or one that `scalelab import` wrote")
     p.add_argument("--format", default="hf", choices=("hf",), help="hf: Hugging Face transformers (default)")
@@ -278,6 +299,69 @@ def _sample(args: argparse.Namespace) -> int:
         print(piece, end="", flush=True)
     print()
     return DONE
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from scalelab import scoring, tables
+
+    contexts = _numbers("--context", args.context)
+    folders = scoring.finished(args.run)
+    plan = scoring.plan(_list(args.data), contexts, _list(args.tasks))
+    for folder in folders:
+        tables.evaluations(folder.name, scoring.score(folder, plan))
+    return DONE
+
+
+def _probe(args: argparse.Namespace) -> int:
+    _stoppable()
+    from scalelab import plots, probe, records, tables
+    from scalelab.launch import local
+    from scalelab.paths import check_figure
+
+    if args.jobs < 1:
+        raise BadInput("--jobs", args.jobs, "must be at least 1")
+    if args.out:
+        check_figure(args.out, "--out")
+    if "," in args.task:
+        raise BadInput("--task", args.task, "its options are set off by colons, as in modular:m=5")
+    if args.seeds < 1:
+        raise BadInput("--seeds", args.seeds, "must be at least 1")
+    task, _, options = args.task.partition(":")
+    given = {"task": task, "options": options, "families": args.families.replace(",", ":"), "size": args.size,
+             "steps": args.steps, "seeds": args.seeds}  # fmt: skip
+    args.config = "probe:" + ",".join(f"{name}={value}" for name, value in given.items() if value)
+    sweep, root = _expand(args)
+    for drop in sweep.dropped:
+        raise BadInput("--families", drop.overrides["family"], f"cannot be trained so: {drop.reason}")
+    specs = [run.spec for run in sweep.runs]
+    sizes = _numbers("--lengths", args.lengths) or probe.default_sizes(specs[0])
+    probe.check_sizes(specs[0], sizes)
+    path = sweep.save(root)
+    outcome = local.run_all(root, [spec.id for spec in specs], args.jobs)
+    tables.outcome(outcome, path)
+    done = [root / spec.id for spec in specs if (record := records.read(root / spec.id)) and record.status == "done"]
+    if done:
+        found = probe.summary(probe.table(done, sizes))
+        task, trained = probe.task_of(specs[0]), probe.trained_size(specs[0])
+        tables.probe(found, task, trained)
+        if args.out:
+            figure: Any = plots.probe(found, axis=task.axis, trained=trained, chance=task.chance).figure
+            figure.savefig(args.out, dpi=150)
+    return FAILED if outcome.failed or not done else STOPPED if outcome.stopped else DONE
+
+
+def _list(given: Sequence[str]) -> list[str]:
+    return [item for text in given for item in text.split(",") if item]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(item) for item in text.split(",") if item]
+    except ValueError:
+        raise BadInput(option, text, "must be whole numbers, by commas") from None
+    if any(number < 1 for number in numbers):
+        raise BadInput(option, text, "must be at least 1 each")
+    return list(dict.fromkeys(numbers))
 
 
 def _export(args: argparse.Namespace) -> int:

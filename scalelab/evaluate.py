@@ -77,3 +77,17 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]
         return value, math.nan
     residual = numerator - value * denominator
     return value, float(math.sqrt(n / (n - 1) * (residual**2).sum()) / denominator.sum())
+
+
+def proportion(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
+    """Share of right answers, and its standard error with documents as the independent units: `ratio`, the binomial's
+    where each has one answer.
+
+    All right or all wrong is no certainty: there p = (right documents + 1) / (documents + 2) stands in the error.
+    """
+    value, error = ratio(right, asked)
+    if value in (0.0, 1.0):
+        n = len(right)  # of which one gives no spread either
+        p = (value * n + 1) / (n + 2)
+        error = math.sqrt(p * (1 - p) / n)
+    return value, error

@@ -63,3 +63,15 @@ def save(path: str | os.PathLike[str], content: str | bytes, field: str = "path"
         return write_atomically(path, content)
     except OSError as error:
         raise BadInput(field, str(path), f"cannot be written: {error.strerror}") from None
+
+
+FIGURES = (".png", ".pdf", ".svg")
+
+
+def check_figure(path: str, field: str) -> None:
+    """Raises `BadInput` where no figure could be written, before the work that it is to show."""
+    where = pathlib.Path(path)
+    if where.suffix not in FIGURES:
+        raise BadInput(field, path, f"must end in one of {', '.join(FIGURES)}")
+    if where.is_dir() or not where.parent.is_dir():
+        raise BadInput(field, path, "cannot be written: its folder does not exist, or it is one itself")

@@ -330,6 +330,30 @@ def holdout(fit: Fit, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def probe(table: pd.DataFrame, *, axis: str, trained: int, chance: float, ax: Axes | None = None) -> Axes:
+    """Accuracy by size, a line for each family, with its intervals. `table` has family, size, accuracy, low, high."""
+    ax = new_axes(ax)
+    families = list(dict.fromkeys(table["family"]))
+    for i, family in enumerate(families):
+        rows: Any = table.loc[table["family"] == family].sort_values(by="size")
+        spread = np.maximum(0.0, [rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]])
+        shift = 1.02 ** (i - (len(families) - 1) / 2)  # side by side, so that no interval hides another
+        ax.errorbar(
+            rows["size"] * shift, rows["accuracy"], spread, label=family, capsize=2, linewidth=1.4, markersize=5,
+            color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
+        )  # fmt: skip
+    ax.axhline(chance, color=GREY, linestyle=":", linewidth=1)
+    ax.axvline(trained, color=GREY, linestyle="--", linewidth=1)
+    ax.set_xscale("log", base=2)
+    sizes = sorted(set(table["size"]))
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.set_xlabel(f"{axis} (dashed: the most in training)")
+    ax.set_ylabel("accuracy (dotted: guessing)")
+    ax.set_ylim(-0.02, 1.04)
+    ax.legend(frameon=False)
+    return ax
+
+
 # ------------------------------------------------------------------------------------------------ helpers
 
 

@@ -243,8 +243,8 @@ def config(
     """What the `get_config(arg)` of a family's file gives: a size of the recipe, or one of the `published` shapes.
 
     Arguments: size, or params (target without embeddings, active ones), steps, data (a text file or folder, a folder of
-    token shards, or synthetic[:spec]; default: the source of Python's standard library), tokenizer (for text), dtype;
-    `others` are those that the file itself has read, and `options` go to the family's recipe.
+    token shards, synthetic[:spec] or probe:spec; default: the source of Python's standard library), tokenizer (for
+    text), dtype; `others` are those that the file itself has read, and `options` go to the family's recipe.
     """
     options = options or {}
     args = parse_arg(arg, **ARGUMENTS, **others)
@@ -266,9 +266,10 @@ def config(
 
 
 def source(reference: str) -> dict[str, str]:
-    """What a path holds: shards have a manifest; anything else is text."""
+    """What a path holds: shards have a manifest; anything else is text. `synthetic:SPEC` and `probe:SPEC` are no paths;
+    in SPEC colons stand for commas."""
     kind, _, spec = reference.partition(":")
-    if kind == "synthetic":
-        return {"kind": "synthetic", "path": spec.replace(":", ",")}
+    if kind in ("synthetic", "probe"):
+        return {"kind": kind, "path": spec.replace(":", ",")}
     shards = (pathlib.Path(reference) / "manifest.json").is_file()
     return {"kind": "tokens" if shards else "text", "path": reference}

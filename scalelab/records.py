@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 from scalelab.errors import BadInput
-from scalelab.paths import make_folder
+from scalelab.paths import make_folder, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,6 +102,9 @@ class RunRecord:
     versions: dict[str, str] | None = _measured("python and packages")
     git_commit: str | None = _measured("of the code, if in a repository")
     git_dirty: bool | None = _measured("uncommitted changes")
+
+    # What was asked of the trained model later, by name: `add_evaluations`. The spec does not give it by itself.
+    evaluations: dict[str, dict[str, Any]] | None = _measured("of `scalelab eval` and `scalelab probe`, by name")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
@@ -197,6 +200,21 @@ def read(folder: pathlib.Path) -> RunRecord | None:
     return RunRecord.from_json(text, str(folder / "record.json"))
 
 
+def add_evaluations(folder: pathlib.Path, found: Mapping[str, Mapping[str, Any]]) -> RunRecord:
+    """Puts evaluations into a finished run's record, each in the place of an older one of its name.
+
+    The record is whole at all times, and two processes at once lose nothing of each other's.
+    """
+    with run_lock(folder):
+        record = read(folder)
+        if record is None:
+            raise BadInput("run", str(folder), "has no record (not finished yet)")
+        evaluations = {**(record.evaluations or {}), **{name: finite(entry) for name, entry in found.items()}}
+        record = dataclasses.replace(record, evaluations=evaluations)
+        write_atomically(folder / "record.json", record.to_json())
+    return record
+
+
 def run_folders(path: str | os.PathLike[str]) -> list[pathlib.Path]:
     """The run directories that a path stands for: a run, a sweep's JSON file, or a root of runs.
 
@@ -221,15 +239,22 @@ def run_folders(path: str | os.PathLike[str]) -> list[pathlib.Path]:
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Finished runs as a table, one row each, columns as in `RunRecord`.
+    """Finished runs as a table, one row each, columns as in `RunRecord`; those of evaluations are `eval.NAME.NUMBER`.
 
     `path` is a run directory, a sweep's JSON file or a root of runs. Diverged runs are in it: look at `status`.
     """
     import pandas as pd
 
     rows = [dataclasses.asdict(record) for folder in run_folders(path) if (record := read(folder)) is not None]
-    columns = [field.name for field in dataclasses.fields(RunRecord)]
+    columns = [field.name for field in dataclasses.fields(RunRecord) if field.name != "evaluations"]
+    later: dict[str, dict[int, float | None]] = {}
+    for number, row in enumerate(rows):
+        for name, entry in (row["evaluations"] or {}).items():
+            for what, value in entry.items():
+                if value is None or type(value) in (int, float):
+                    later.setdefault(f"eval.{name}.{what}", {})[number] = value
     table = pd.DataFrame(rows, columns=columns)
+    table = table.assign(**{name: pd.Series(values, table.index, "float64") for name, values in later.items()})
     numeric = [f.name for f in dataclasses.fields(RunRecord) if f.type in ("float", "float | None", "int | None")]
     table[numeric] = table[numeric].astype("float64")
     return table
@@ -269,6 +294,8 @@ def finite(value: Any) -> Any:
     """JSON has no NaN: numbers that are not finite become None, in nested structures too."""
     if isinstance(value, Mapping):
         return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

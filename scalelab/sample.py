@@ -1,39 +1,17 @@
-"""Opens a finished or unfinished run, and writes text from it, token by token."""
+"""Writes text from a finished or unfinished run, token by token."""
 
 from __future__ import annotations
 
 import math
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from scalelab import data, models
-from scalelab.checkpoint import load_params
-from scalelab.config import RunSpec
+from scalelab import models
 from scalelab.errors import BadInput
-from scalelab.schema import Config
-from scalelab.track import say
-from scalelab.train import resolve
-
-
-def load(folder: pathlib.Path) -> tuple[RunSpec, data.Corpus, Config, Any]:
-    """(spec, its data, model section with the vocabulary known, parameters of the newest checkpoint) of a run."""
-    try:
-        spec = RunSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"), str(folder / "spec.json"))
-    except OSError:
-        raise BadInput("run", str(folder), "is no run's folder (it has no spec.json)") from None
-    corpus = data.open(spec.config.data)
-    config = resolve(spec.config, corpus)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = models.abstract(config)[1]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    found = load_params(folder, shapes, say)
-    if found is None:
-        raise BadInput("run", str(folder), "has no weights (not trained yet, or checkpoint.final = nothing)")
-    return spec, corpus, config, found[1]
+from scalelab.restore import load
 
 
 def text(
@@ -46,15 +24,15 @@ def text(
         raise BadInput("--seed", seed, "must lie in [0, 2^32)")
     if tokens < 1:
         raise BadInput("--tokens", tokens, "must be at least 1")
-    _, corpus, config, params = load(folder)
+    _, tokenizer, config, params = load(folder)
     graphdef, _ = models.abstract(config)
     try:
-        context = [corpus.bos, *corpus.tokenizer.encode(prompt)]
+        context = [tokenizer.bos, *tokenizer.encode(prompt)]
     except (ValueError, TypeError):  # not UTF-8, or not of the alphabet
         raise BadInput("--prompt", prompt, "holds characters that the run's tokenizer cannot encode") from None
 
     def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
-        logits = logits[..., : corpus.vocab_size]  # padding of the vocabulary is never written
+        logits = logits[..., : tokenizer.vocab_size]  # padding of the vocabulary is never written
         if temperature == 0:
             return jnp.argmax(logits, axis=-1)
         return jax.random.categorical(key, logits / temperature)
@@ -76,14 +54,14 @@ def text(
     written: list[int] = []
     shown = ""
     for key in keys[1:]:
-        if int(token[0]) == corpus.bos:
+        if int(token[0]) == tokenizer.bos:
             break
         written.append(int(token[0]))
         # A character may need several tokens: what is not a whole one yet waits.
-        now = corpus.tokenizer.decode(written)
+        now = tokenizer.decode(written)
         if not now.endswith("\ufffd"):
             yield now[len(shown) :]
             shown = now
         token, state = step(params, state, token, key)
-    if int(token[0]) != corpus.bos:
-        yield corpus.tokenizer.decode([*written, int(token[0])])[len(shown) :]
+    if int(token[0]) != tokenizer.bos:
+        yield tokenizer.decode([*written, int(token[0])])[len(shown) :]

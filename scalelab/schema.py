@@ -15,6 +15,8 @@ from scalelab.errors import BadInput
 Config: TypeAlias = Any
 
 
+SOURCE_KINDS = ("text", "tokens", "synthetic", "probe")
+
 # Sections of mixers that came after the first schema.
 LATER_SECTIONS: dict[str, dict[str, Any]] = {
     "parscale": {
@@ -144,7 +146,7 @@ def base() -> Config:
     )
     config.data = ConfigDict(
         {
-            # name -> kind (text | tokens | synthetic), path ("": the embedded corpus), weight in the mixture
+            # name -> kind (text | tokens | synthetic | probe), path ("": the embedded corpus), weight in the mixture
             "sources": {"stdlib": {"kind": "text", "path": "", "weight": 1.0}},
             "tokenizer": "bytes",  # for `text`; token shards bring their own
             "seq_len": 256,
@@ -236,7 +238,7 @@ def validate(config: Config) -> None:
     if not data.sources:
         raise BadInput("config.data.sources", {}, "needs at least one source")
     for name, source in data.sources.items():
-        choice(f"data.sources.{name}.kind", source.kind, ("text", "tokens", "synthetic"))
+        choice(f"data.sources.{name}.kind", source.kind, SOURCE_KINDS)
         at_least(f"data.sources.{name}.weight", source.weight, 0, above=True)
     choice("start.train", config.start.train, ("all", "new"))
     if config.start.train == "new" and not config.start.path:

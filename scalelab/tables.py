@@ -7,7 +7,7 @@ import pathlib
 import statistics
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,11 +15,15 @@ from rich.table import Table
 
 from scalelab import records
 from scalelab.config import RunSpec
+from scalelab.data import probes
 from scalelab.errors import BadInput
 from scalelab.launch.local import Outcome, failure
 from scalelab.records import RunRecord
 from scalelab.sweep import Clock, Corpora, Sweep
 from scalelab.sweep import plan as plan_run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class _Console(Console):
@@ -51,7 +55,7 @@ def count(value: float | None, unit: str = "") -> str:
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def duration(seconds: float) -> str:
@@ -130,6 +134,52 @@ def outcome(outcome: Outcome, path: pathlib.Path) -> None:
     if outcome.stopped:
         console.print("the same command goes on where this one stopped")
     console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def probe(summary: pd.DataFrame, task: probes.Task, trained: int) -> None:
+    """Accuracy by family and size; see `probe.summary` for what is in brackets."""
+    console = _console()
+    sizes = sorted(set(summary["size"]))
+    columns = (f"{size}{'*' if size > trained else ''}" for size in sizes)
+    table = _table(
+        f"{probes.spec(task)}: accuracy by {task.axis}; guessing gives {task.chance:.3g}", "family", *columns
+    )
+    for family, rows in summary.groupby("family", sort=False):
+        numbers = zip(*(rows[name] for name in ("size", "accuracy", "low", "high")), strict=True)
+        cells = {size: escape(f"{mean:.3f} [{low:.3f}, {high:.3f}]") for size, mean, low, high in numbers}
+        table.add_row(str(family), *(cells.get(size, "-") for size in sizes))
+    console.print(table)
+    seeds = sorted(set(summary["seeds"]))
+    what = "95 % interval" if seeds == [1] else f"lowest and highest of {'/'.join(map(str, seeds))} seeds"
+    console.print(f"in brackets: {what}; * beyond the {trained} of training", highlight=False, markup=False)
+
+
+def evaluations(run: str, found: dict[str, dict[str, Any]]) -> None:
+    """What `scoring.score` found, sets and tasks apart, and the loss by how much could be seen."""
+    console = _console()
+    sets = {name: entry for name, entry in found.items() if "curve" in entry}
+    tasks = {name: entry for name, entry in found.items() if "curve" not in entry}
+    if sets:
+        table = _table(f"{run}: held-out", "set@context", "loss", "± se", "bits/byte", "± se", "documents", "tokens")
+        for name, entry in sets.items():
+            numbers = (number(entry[what]) for what in ("loss", "loss_se", "bpb", "bpb_se"))
+            table.add_row(escape(name), *numbers, str(entry["documents"]), count(entry["tokens"]))
+        console.print(table)
+        spans = sorted({(low, high) for entry in sets.values() for low, high, *_ in entry["curve"]})
+        table = _table("loss by tokens seen", "set@context", *(f"{low}-{high}" if low < high else str(low)
+                                                                for low, high in spans))  # fmt: skip
+        for name, entry in sets.items():
+            curve = {(low, high): loss for low, high, loss, *_ in entry["curve"]}
+            table.add_row(escape(name), *(f"{curve[span]:.3f}" if span in curve else "" for span in spans))
+        console.print(table)
+    if tasks:
+        columns = ("task", "accuracy", "± se", "per byte", "± se", "chance", "questions", "cut")
+        table = _table(f"{run}: multiple choice", *columns)
+        for name, entry in tasks.items():
+            keys = ("accuracy", "accuracy_se", "accuracy_per_byte", "accuracy_per_byte_se", "chance")
+            numbers = (number(entry[what]) for what in keys)
+            table.add_row(escape(name), *numbers, str(entry["questions"]), str(entry["cut"]))
+        console.print(table)
 
 
 def status(path: pathlib.Path) -> None:

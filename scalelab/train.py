@@ -66,7 +66,7 @@ def make_nll(
     graphdef, _ = models.abstract(model, training=training, shards=shards)
 
     def nll(params: Any, rows: Int[Array, "B T+1"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Any]:
-        inputs, targets = rows[:, :-1], rows[:, 1:]
+        inputs, targets = data.split_rows(rows)
         segments = jnp.cumsum(inputs == bos, axis=1) if config.data.document_mask else None
         return models.merge(graphdef, params).nll(inputs, targets, segments)
 
@@ -82,21 +82,21 @@ def make_step(
 ) -> Callable[[TrainState, Int[Array, "B T+1"], Any], tuple[TrainState, dict[str, Any]]]:
     """(state, rows, learning rate) -> (state, metrics): one update on a global batch. Not jitted yet.
 
-    The batch is cut into `accum_steps` parts. Loss and gradient are sums over all target tokens divided by their number
-    in the whole batch, whatever the parts; a loss on how the whole batch was routed needs a pass before that counts.
-    With `trained`, a tree of bool, only those tensors have gradients, optimizer state and updates.
+    The batch is cut into `accum_steps` parts. Loss and gradient are sums over all scored targets divided by their
+    number in the whole batch, whatever the parts; a loss on how the whole batch was routed needs a pass before that
+    counts. With `trained`, a tree of bool, only those tensors have gradients, optimizer state and updates.
     """
     parts, z_loss = config.train.accum_steps, config.train.z_loss
 
     def objective(
-        own: Any, params: Any, rows: Int[Array, "b T+1"], whole: Any = None
+        own: Any, params: Any, rows: Int[Array, "b T+1"], tokens: Array, whole: Any = None
     ) -> tuple[Array, tuple[Array, Any]]:
         losses, lse, aux = nll(start.put(params, own), rows)
         loss, blocks = jnp.sum(losses), aux["loss"]
         if whole is not None:
             blocks += models.counters.rest_of_loss(model, aux, whole)
-        # The blocks' own losses are means over tokens; here everything is a sum.
-        total = loss + z_loss * jnp.sum(lse**2) + blocks * losses.size
+        # The blocks' own losses are means over what is read, and all parts read alike; here everything is a sum.
+        total = loss + z_loss * jnp.sum(lse**2) + blocks * (tokens / parts)
         return total, (loss, models.counters.counters(aux))
 
     gradient = jax.grad(objective, has_aux=True)
@@ -108,16 +108,16 @@ def make_step(
 
     def step(state: TrainState, rows: Int[Array, "B T+1"], rate: Any) -> tuple[TrainState, dict[str, Any]]:
         own = start.part(state.params, trained)
+        tokens = jnp.sum(data.split_rows(rows)[1] >= 0)
         if parts == 1:
-            grads, (loss, counted) = gradient(own, state.params, rows)
+            grads, (loss, counted) = gradient(own, state.params, rows, tokens)
         else:
             # Every device cuts its own rows, so that no row moves.
             cut = rows.reshape(-1, parts, rows.shape[1]).swapaxes(0, 1)
             whole = None
             if models.counters.joint(model):
                 whole = total(lambda part: models.counters.counters(nll(state.params, part)[2]), cut)
-            grads, (loss, counted) = total(lambda part: gradient(own, state.params, part, whole), cut)
-        tokens = rows.shape[0] * (rows.shape[1] - 1)
+            grads, (loss, counted) = total(lambda part: gradient(own, state.params, part, tokens, whole), cut)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, own)
         own = jax.tree.map(lambda p, u: p - rate * u, own, updates)

@@ -87,7 +87,7 @@ def test_bad_overrides(field, value, says):
         ("optim.lr", 0.0, "above 0"),
         ("optim.warmup", 1.5, r"must lie in \[0, 1\]"),
         ("data.sources.stdlib.weight", 0.0, "above 0"),
-        ("data.sources.stdlib.kind", "csv", "must be one of text, tokens, synthetic"),
+        ("data.sources.stdlib.kind", "csv", "must be one of text, tokens, synthetic, probe"),
         ("checkpoint.keep_at", (5000,), "must be steps from 1 to 1000"),
         ("log.wandb", "yes", "must be one of"),
         ("seed", -1, "must lie in"),

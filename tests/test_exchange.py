@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from scalelab import cli, exchange, models, sample, train
+from scalelab import cli, exchange, models, restore, train
 from scalelab.config import override
 from scalelab.errors import BadInput
 from scalelab.exchange.layout import stack
@@ -561,7 +561,7 @@ def test_a_run_goes_out_and_comes_back(tmp_path, capsys):
     assert (tmp_path / "own" / "tokenizer.json").read_text() == "{}"
     model = override(spec.config, {"model.vocab_size": 257, "model.compute_dtype": "float32"}).model
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (2, 9)))
-    trained = sample.load(tmp_path / "runs" / spec.id)[3]
+    trained = restore.load(tmp_path / "runs" / spec.id)[3]
     np.testing.assert_array_equal(models.logits(config, params, tokens), models.logits(model, trained, tokens))
     assert cli.main(["export", str(tmp_path / "own"), "--out", str(tmp_path / "again")]) == 0
     equal(exchange.from_hf(tmp_path / "again")[1], params)

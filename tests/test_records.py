@@ -134,5 +134,5 @@ def test_every_field_says_whether_a_rerun_would_change_it():
     measured = {f.name for f in dataclasses.fields(RunRecord) if f.metadata["measured"]}
     assert measured == {
         "seconds", "step_seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_memory", "device", "host",
-        "attempts", "started", "finished", "versions", "git_commit", "git_dirty",
+        "attempts", "started", "finished", "versions", "git_commit", "git_dirty", "evaluations",
     }  # fmt: skip

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from jaxtyping import Int64
 
-from scalelab.data import shards, synthetic, text, tokenizers
+from scalelab.data import probes, shards, synthetic, text, tokenizers
 from scalelab.data.stream import HeldOut, TokenSource, Windows, held_out_windows
 from scalelab.errors import BadInput
+from scalelab.schema import SOURCE_KINDS, choice
 
 if TYPE_CHECKING:
     import grain
@@ -263,8 +264,10 @@ def open(config_data: Any) -> Corpus:
             sources[name] = _Text(text.tokenize(texts[name], held, tokenizer, _path_field(name)), name, seq_len)
         elif source.kind == "tokens":
             sources[name] = _Text(shards.read(source.path, _path_field(name)), name, seq_len)
-        else:
+        elif source.kind == "synthetic":
             sources[name] = synthetic.Synthetic(source.path, seq_len, _path_field(name))
+        else:
+            sources[name] = probes.Probe(source.path, seq_len, _path_field(name))
     _check_same_tokenizer(sources)
     weights = [source.weight for source in config_data.sources.values()]
     description = {
@@ -291,6 +294,19 @@ def open(config_data: Any) -> Corpus:
     )
 
 
+def open_tokenizer(config_data: Any) -> tokenizers.Tokenizer:
+    """The tokenizer of `config.data`, without reading any text."""
+    _check(config_data)
+    name, source = next(iter(config_data.sources.items()))
+    if source.kind == "text":
+        return tokenizers.load(config_data.tokenizer)
+    if source.kind == "tokens":
+        return shards.open_tokenizer(source.path, _path_field(name))
+    if source.kind == "synthetic":
+        return synthetic.Symbols(synthetic.parse(source.path, _path_field(name))["vocab"])
+    return probes.Numbers(probes.parse(source.path, _path_field(name)).vocab)
+
+
 def fingerprint(config_data: Any) -> dict[str, str]:
     """`Corpus.content` without opening the corpus: nothing is tokenized, JAX and Grain are not imported."""
     _check(config_data)
@@ -302,8 +318,10 @@ def fingerprint(config_data: Any) -> dict[str, str]:
             content[name] = text.content(text.read(source.path, _path_field(name)), tokenizer)
         elif source.kind == "tokens":
             content[name] = shards.manifest(source.path, _path_field(name))["content"]
-        else:
+        elif source.kind == "synthetic":
             content[name] = synthetic.content(source.path, _path_field(name))
+        else:
+            content[name] = probes.content(source.path, _path_field(name))
     return content
 
 
@@ -324,9 +342,7 @@ def _check(config_data: Any) -> None:
         if config_data[field] < 1:
             raise BadInput(f"config.data.{field}", config_data[field], "must be at least 1")
     for name, source in config_data.sources.items():
-        if source.kind not in ("text", "tokens", "synthetic"):
-            field = f"config.data.sources.{name}.kind"
-            raise BadInput(field, source.kind, "must be one of text, tokens, synthetic")
+        choice(f"data.sources.{name}.kind", source.kind, SOURCE_KINDS)
         if not 0 < source.weight < float("inf"):
             raise BadInput(f"config.data.sources.{name}.weight", source.weight, "must be above 0 and finite")
 

@@ -124,6 +124,10 @@ def _check_size(folder: pathlib.Path, entry: dict[str, Any], field: str) -> None
         raise BadInput(field, str(folder), remedy)
 
 
+def open_tokenizer(path: str, field: str) -> tokenizers.Tokenizer:
+    return _tokenizer(pathlib.Path(path), manifest(path, field), field)
+
+
 def _tokenizer(folder: pathlib.Path, document: dict[str, Any], field: str) -> tokenizers.Tokenizer:
     entry = document["tokenizer_file"]
     if not entry:

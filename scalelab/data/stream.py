@@ -1,14 +1,38 @@
-"""Token streams: cut into training windows, or into held-out windows that score every token once."""
+"""Token streams: cut into training windows, or into held-out windows that score every token once.
+
+A row of T + 1 entries is read at positions 0 .. T-1 and predicted at each the next. An entry at or above 0 is a token:
+what its position reads and what the one before must say. One below 0 holds both apart, a token and a label of its own
+or none: so a task may ask for an answer that is never read, and score answers alone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
 from scalelab.data import tokenizers
+
+_BITS = 15  # of a token in an entry below 0; its label has as many
+MOST_TOKENS = 2**_BITS - 1  # of a vocabulary with labels apart
+
+
+def labelled(tokens: Int[np.ndarray, "n T+1"], labels: Int[np.ndarray, "n T"]) -> Int32[np.ndarray, "n T+1"]:
+    """Rows in which position j reads tokens[:, j] and must say labels[:, j]; -1: nothing is asked there."""
+    rows = tokens.astype(np.int32)
+    rows[:, 1:] = -1 - (rows[:, 1:] + ((labels.astype(np.int32) + 1) << _BITS))
+    return rows
+
+
+def split_rows(rows: Any) -> tuple[Any, Any]:
+    """Rows (B, T + 1), of NumPy or JAX -> (tokens read, targets), both (B, T); a target of -1 is not scored."""
+    where, code = rows.__array_namespace__().where, -1 - rows
+    tokens = where(rows < 0, code & MOST_TOKENS, rows)
+    targets = where(rows < 0, (code >> _BITS) - 1, rows)
+    return tokens[:, :-1], targets[:, 1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +40,9 @@ class HeldOut:
     """Held-out documents of one source, as windows that overlap by one token, so that each target is scored once.
 
     tokens: row i predicts tokens[i, 1:] from tokens[i, :-1]. doc: the document that the *target* belongs to, an index
-    into `bytes`; -1 where the last row is padded. The `bos` that ends a document is scored with it. bytes: UTF-8
-    bytes of each document: bits per byte = sum of nats / (ln 2 * sum of bytes), over any set of whole documents.
+    into `bytes`; -1 where the last row is padded or nothing is asked. The `bos` that ends a document is scored with it.
+    bytes: UTF-8 bytes of each document: bits per byte = sum of nats / (ln 2 * sum of bytes), over any set of whole
+    documents.
     """
 
     tokens: Int32[np.ndarray, "n T+1"]

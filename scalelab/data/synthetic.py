@@ -40,6 +40,7 @@ import numpy as np
 from jaxtyping import Float, Int32, Int64
 
 from scalelab import config
+from scalelab.data import draws
 from scalelab.data.stream import HeldOut
 from scalelab.errors import BadInput
 
@@ -99,7 +100,7 @@ class Language:
         self.vocab = vocab
         weights = (np.arange(1, words + 1) + q) ** -s
         self.p: Float[np.ndarray, " R"] = weights / weights.sum()
-        self._grow(vocab, words, _key(_VERSION, vocab, words, seed))
+        self._grow(vocab, words, draws.key(_VERSION, vocab, words, seed))
         self.own = np.zeros(words + 1)
         self.own[self._node] = self.p
         self.mass = self.own.copy()
@@ -115,12 +116,12 @@ class Language:
         letters = vocab - 1
         zipf = np.cumsum(1 / np.arange(1, letters + 1))
         # After letter a (0: at the start), the letters stand in a random order, with Zipf probabilities in that order.
-        order = np.argsort(_uniform(philox, vocab * letters).reshape(vocab, letters), axis=1, kind="stable") + 1
+        order = np.argsort(draws.uniform(philox, vocab * letters).reshape(vocab, letters), axis=1, kind="stable") + 1
         parent, letter, depth = [np.array([-1])], [np.array([0])], [np.array([0])]
         walking, at, previous = np.arange(words), np.zeros(words, np.int64), np.zeros(words, np.int64)
         self._node, levels, nodes = np.empty(words, np.int64), [], 1
         while len(walking):
-            pick = np.searchsorted(zipf / zipf[-1], _uniform(philox, len(walking)), "right")
+            pick = np.searchsorted(zipf / zipf[-1], draws.uniform(philox, len(walking)), "right")
             previous = order[previous, np.minimum(pick, letters - 1)]
             column = np.zeros(words, np.uint8)
             column[walking] = previous
@@ -161,14 +162,7 @@ class Language:
     def rows(self, key: tuple[int, int], indices: Int64[np.ndarray, " n"], T: int) -> Int32[np.ndarray, "n T+1"]:
         """Row i is bos and T tokens, from the words that Philox draws with this key and counter i * 2^128."""
         most = T // 2 + 1  # words are two tokens at least
-        uniform = np.empty((len(indices), most))
-        philox = np.random.Philox(key=np.array(key, np.uint64))
-        state = philox.state  # of a fresh generator: only its counter differs from row to row
-        for row, index in zip(uniform, indices.tolist(), strict=True):
-            state["state"]["counter"] = np.array([0, 0, index, 0], np.uint64)
-            philox.state = state
-            row[:] = _uniform(philox, most)
-        words = np.searchsorted(self._cdf, uniform, "right")
+        words = np.searchsorted(self._cdf, draws.rows(key, indices, most), "right")
         tokens = self.spelling[words]
         tokens = tokens[tokens != END]
         starts = np.concatenate(([0], np.cumsum(self.lengths[words].sum(1))[:-1]))
@@ -179,16 +173,6 @@ class Language:
 
 def _xlogx(x: np.ndarray) -> np.ndarray:
     return x * np.log(np.where(x > 0, x, 1.0))
-
-
-def _key(*parts: object) -> tuple[int, int]:
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
-
-
-def _uniform(philox: np.random.Philox, n: int) -> np.ndarray:
-    """[0, 1) from the raw words, which NumPy promises to keep; its `Generator` streams may change."""
-    return (philox.random_raw(n) >> np.uint64(11)) * 2.0**-53
 
 
 @functools.lru_cache(maxsize=4)
@@ -209,12 +193,12 @@ class Synthetic:
         self.entropy = self.language.entropy(seq_len)
 
     def rows(self, seed: int, indices: Int64[np.ndarray, " n"]) -> Int32[np.ndarray, "n T+1"]:
-        return self.language.rows(_key(self.content, "train", seed), indices, self._seq_len)
+        return self.language.rows(draws.key(self.content, "train", seed), indices, self._seq_len)
 
     def held_out(self, limit: int) -> HeldOut:
         """As many rows as fit the limit; each is a document of T targets, T bytes when spelled out."""
         n, T = max(1, limit // self._seq_len), self._seq_len
-        tokens = self.language.rows(_key(self.content, "held out"), np.arange(n), T)
+        tokens = self.language.rows(draws.key(self.content, "held out"), np.arange(n), T)
         doc = np.repeat(np.arange(n, dtype=np.int32)[:, None], T, axis=1)
         return HeldOut(tokens, doc, np.full(n, T, np.int64))
 

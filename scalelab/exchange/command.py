@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from scalelab import flops, sample
+from scalelab import flops, restore
 from scalelab.data import tokenizers
 from scalelab.exchange.convert import from_hf, to_hf
 from scalelab.exchange.files import load, read_json, save
@@ -27,12 +27,12 @@ def export_hf(path: pathlib.Path, out: pathlib.Path) -> str:
         if (path / TOKENIZER).is_file():
             files[TOKENIZER] = (path / TOKENIZER).read_text(encoding="utf-8")
     else:
-        spec, corpus, config, params = sample.load(path)
-        fields = {"bos_token_id": corpus.bos, "eos_token_id": corpus.bos}
+        spec, tokenizer, config, params = restore.load(path)
+        fields = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.bos}
         if config.positions == 0 and config.blocks[0][0] == "attention":
             fields["max_position_embeddings"] = spec.config.data.seq_len
-        if isinstance(corpus.tokenizer, tokenizers.HuggingFace):
-            files[TOKENIZER] = corpus.tokenizer.json
+        if isinstance(tokenizer, tokenizers.HuggingFace):
+            files[TOKENIZER] = tokenizer.json
     to_hf(config, params, out, fields=fields, files=files)
     kind = read_json(out / "config.json")["architectures"][0]
     return f"{out}: {kind}, {_size(config)}" + (f", {TOKENIZER}" if files else "")
