@@ -64,7 +64,7 @@ def posterior(
             raise BadInput(name, value, f"must be {least} or more")
     density = Density(fit, kind, priors or {})
     z, divergences, diagnostics = _sample(density, draws, warmup, chains, seed)
-    record = {"draws": draws, "warmup": warmup, "chains": chains, "seed": seed}
+    record: dict[str, Any] = {"draws": draws, "warmup": warmup, "chains": chains, "seed": seed}
     record["priors"] = {name: list(prior) for name, prior in (priors or {}).items()}
     sigma = np.exp(density.location[-1] + z @ density.scale[-1])
     return Posterior(fit, density.natural(z), sigma, kind, divergences, diagnostics, record)
