@@ -162,8 +162,9 @@ class Expanding(Shown):
         if not self.ok:
             return f"expanding window: none ({self.reason})"
         lines = [f"expanding window over {self.called}, mean absolute error by distance:"]
+        row: Any
         for decades, row in self.by_distance.iterrows():
-            rest = ", ".join(f"{name} {percent(float(row[name]))}" for name in self.by_distance.columns[1:])
+            rest = ", ".join(f"{name} {percent(row[name])}" for name in self.by_distance.columns[1:])
             lines.append(f"  up to {decades:g} decades ({row['predictions']:.0f} predictions): {rest}")
         return "\n".join(lines)
 
