@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from scalelab.schema import Config
@@ -39,13 +40,22 @@ def schedule(optim: Config, steps: int) -> Callable[[int], float]:
     return rate
 
 
-def optimizer(optim: Config, decay_mask: Any) -> optax.GradientTransformation:
+def optimizer(optim: Config, decay_mask: Any, rules: Any = None) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm; decay where the mask is true.
 
-    Its updates are for a learning rate of -1: the step multiplies them by minus the rate.
+    Its updates are for a learning rate of -1: the step multiplies them by minus the rate. `rules`: what multiplies the
+    learning rate, decay and eps of each tensor (`parametrization.Rule`), in a tree like the mask's; None: nothing.
     """
-    parts = [
-        optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps),
-        optax.add_decayed_weights(optim.weight_decay, decay_mask),
-    ]
+    adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
+    if rules is None:
+        parts = [adam, optax.add_decayed_weights(optim.weight_decay, decay_mask)]
+    else:
+        decay = jax.tree.map(lambda rule, on: optim.weight_decay * rule.decay if on else 0.0, rules, decay_mask)
+        parts = [
+            # Adam divides by sqrt(v) + eps: with gradients times 1 / c its eps is c eps.
+            optax.stateless(lambda g, _: jax.tree.map(lambda rule, g: g / rule.eps, rules, g)),
+            adam,
+            optax.stateless(lambda u, p: jax.tree.map(lambda d, u, p: u + d * p if d else u, decay, u, p)),
+            optax.stateless(lambda u, _: jax.tree.map(lambda rule, u: rule.lr * u, rules, u)),
+        ]
     return optax.chain(*([optax.clip_by_global_norm(optim.clip)] if optim.clip else []), *parts)

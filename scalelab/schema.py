@@ -117,6 +117,16 @@ def base() -> Config:
             "logit_cap": 0.0,  # 0: none
             "init": "normal",  # normal | small | fan_in
             "init_std": 0.02,  # for `normal`
+            "parametrization": "standard",  # standard | mup | completep
+            "mup": {  # of both
+                "base_width": 0,  # D_base, where learning rate, decay and initialisation are those of `standard`
+                "base_layers": 0,  # L_base
+                # Other fields in which the base model differs, (("mlstm.heads", 4), ...). By default it has this
+                # model's head widths, and heads and inner widths in proportion to the width.
+                "base": (),
+                "embed_multiplier": 1.0,  # a_in
+                "logit_multiplier": 1.0,  # a_out
+            },
             "compute_dtype": "bfloat16",  # parameters are float32 always
             "remat": "none",  # none | dots | full
             "loss_chunk": 1024,  # tokens whose logits exist at one time
@@ -167,6 +177,7 @@ def base() -> Config:
             "eps": 1e-8,
             "weight_decay": 0.1,  # times the learning rate, as in optax and torch
             "decay_embeddings": False,
+            "decay_exponent": 1.0,  # p of weight_decay x m^p on matrices of m times the base fan-in (mup, completep)
             "clip": 1.0,  # global gradient norm; 0: none
         }
     )
@@ -206,6 +217,13 @@ ADDED_LATER |= {
     "model.positions": 0,
     "model.attention.qk_norm_full": False,
     "model.attention.qkv_bias": False,
+    "model.parametrization": "standard",
+    "model.mup.base_width": 0,
+    "model.mup.base_layers": 0,
+    "model.mup.base": (),
+    "model.mup.embed_multiplier": 1.0,
+    "model.mup.logit_multiplier": 1.0,
+    "optim.decay_exponent": 1.0,
 }
 
 # ------------------------------------------------------------------------------------------------ validation
@@ -245,7 +263,7 @@ def validate(config: Config) -> None:
     choice("optim.schedule", optim.schedule, ("cosine", "wsd", "constant"))
     at_least("optim.lr", optim.lr, 0, above=True)
     at_least("optim.eps", optim.eps, 0, above=True)
-    for field in ("weight_decay", "clip"):
+    for field in ("weight_decay", "clip", "decay_exponent"):
         at_least(f"optim.{field}", optim[field], 0)
     for field in ("warmup", "cooldown", "final_lr", "beta1", "beta2"):
         between(f"optim.{field}", optim[field], 0, 1)

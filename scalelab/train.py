@@ -141,7 +141,9 @@ class Trainer:
         _, shapes = models.abstract(self.model)
         self.trained = start.trained(config, self.model)
         mask = parametrization.decay_mask(models.roles(self.model), config.optim.decay_embeddings)
-        self.optimizer = optim.optimizer(config.optim, start.part(mask, self.trained))
+        rules = models.rules(self.model, config.optim.decay_exponent)
+        rules = rules and start.part(rules, self.trained)
+        self.optimizer = optim.optimizer(config.optim, start.part(mask, self.trained), rules)
         nll, training_nll = (
             make_nll(config, self.model, corpus.bos, training=training, shards=self.mesh.size)
             for training in (False, True)
@@ -384,7 +386,7 @@ class Attempt:
             batch_tokens=batch_tokens, seq_len=config.data.seq_len,
             data=corpus.description, tokenizer=config.data.tokenizer,
             lr=config.optim.lr, schedule=config.optim.schedule, warmup=config.optim.warmup,
-            weight_decay=config.optim.weight_decay, optimizer=config.optim.name, parametrization="standard",
+            weight_decay=config.optim.weight_decay, optimizer=config.optim.name, parametrization=model.parametrization,
             precision=model.compute_dtype,
             loss=held_out.get("loss"), loss_se=held_out.get("loss_se"),
             bpb=held_out.get("bpb"), bpb_se=held_out.get("bpb_se"), held_out=held_out.get("sources", {}),

@@ -1,7 +1,7 @@
 """Language models: a stack of blocks, each a sequence mixer and a channel mixer by name."""
 
 from scalelab.models import counters
-from scalelab.models.lm import LanguageModel, abstract, build, init, logits, merge, roles, split
+from scalelab.models.lm import LanguageModel, abstract, build, init, logits, merge, roles, rules, split
 from scalelab.models.registry import validate, with_vocabulary
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "logits",
     "merge",
     "roles",
+    "rules",
     "split",
     "validate",
     "with_vocabulary",

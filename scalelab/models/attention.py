@@ -43,6 +43,7 @@ class AttentionOptions:
 
 class Attention(Mixer):
     Options = AttentionOptions
+    grows = ("heads", "kv_heads")
     q: nnx.Param
     k: nnx.Param
     v: nnx.Param
@@ -143,13 +144,18 @@ class Attention(Mixer):
                 for name, a in (("k", k), ("v", v))
             )
             mask = jnp.pad(mask, ((0, 0), (0, 0), (self.spec.stream_prefix, 0)), constant_values=True)
-        y = attend(q, k, v, mask, o.soft_cap)
+        y = attend(q, k, v, mask, o.soft_cap, self._scale())
         y = linear(y.reshape(*y.shape[:2], -1), self.weight("out").reshape(-1, x.shape[-1]))
         return (y + self.weight("out_bias") if o.bias else y), state, {}
 
     def _project(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T H d"]:
         y = linear(x, self.weight(name))
         return y + self.weight(f"{name}_bias") if self.options.bias or self.options.qkv_bias else y
+
+    def _scale(self) -> float:
+        """Of the scores: 1 / sqrt(d), under muP sqrt(d_base) / d."""
+        d = self.options.head_dim
+        return d**-0.5 * (1.0 if self.base is None else self.base.head_dim / d) ** 0.5
 
     def _qk_norm(self, x: Float[Array, "B T H d"], name: str) -> Float[Array, "B T H d"]:
         rows = x.reshape(*x.shape[:2], -1) if self.options.qk_norm_full else x
@@ -205,8 +211,10 @@ def attend(
     v: Float[Array, "B K Hk d"],
     mask: Bool[Array, "#B T K"],
     cap: float = 0.0,
+    scale: float | None = None,
 ) -> Float[Array, "B T H d"]:
-    """softmax(cap(q k^T / sqrt(d)), masked) v; scores and softmax in float32. Every query must see a key.
+    """softmax(cap(scale q k^T), masked) v; scores and softmax in float32. Every query must see a key. The scale is
+    1 / sqrt(d) by default.
 
     The full square of scores is computed, 4 H d K FLOPs per query, and the backward pass keeps the weights.
     """
@@ -215,28 +223,31 @@ def attend(
     q = q.reshape(B, T, Hk, H // Hk, d).transpose(0, 2, 3, 1, 4).reshape(B * Hk, -1, d)
     k, v = (a.transpose(0, 2, 1, 3).reshape(B * Hk, K, d) for a in (k, v))
     hidden = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min / 2)
-    y: Any = _softmax_attention(q, k, v, hidden, cap)
+    y: Any = _softmax_attention(q, k, v, hidden, cap, d**-0.5 if scale is None else scale)
     return y.reshape(B, H, T, d).transpose(0, 2, 1, 3)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _softmax_attention(
     q: Float[Array, "b r d"],
     k: Float[Array, "b K d"],
     v: Float[Array, "b K d"],
     hidden: Float[Array, "#B T K"],
     cap: float,
+    scale: float,
 ) -> Float[Array, "b r d"]:
     """b = B Hk; the rows r of each are (H / Hk) T queries. `hidden` is added to the scores.
 
     A backward pass of its own, since that of autodiff multiplies float32 by bfloat16, and contracts over the rows of
     a T x T matrix in an order that XLA's CPU backend runs three times slower.
     """
-    return _attention_forward(q, k, v, hidden, cap)[0]
+    return _attention_forward(q, k, v, hidden, cap, scale)[0]
 
 
-def _attention_forward(q: Array, k: Array, v: Array, hidden: Array, cap: float) -> tuple[Array, Any]:
-    scores = jnp.einsum("brd,bkd->brk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+def _attention_forward(
+    q: Array, k: Array, v: Array, hidden: Array, cap: float, scale: float
+) -> tuple[Array, Any]:
+    scores = jnp.einsum("brd,bkd->brk", q, k, preferred_element_type=jnp.float32) * scale
     scores = soft_cap(scores, cap)
     slope = (1 - jnp.square(scores / cap)).astype(q.dtype) if cap else None
     by_row = (hidden.shape[0], -1, *hidden.shape[1:])
@@ -248,9 +259,9 @@ def _attention_forward(q: Array, k: Array, v: Array, hidden: Array, cap: float) 
     return y.astype(v.dtype), (q, k, v, weights, total, y.astype(v.dtype), slope)
 
 
-def _attention_backward(cap: float, saved: Any, dy: Array) -> tuple[Array, Array, Array, None]:
+def _attention_backward(cap: float, scale: float, saved: Any, dy: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, weights, total, y, slope = saved
-    f32, scale = jnp.float32, q.shape[-1] ** -0.5
+    f32 = jnp.float32
     dy = dy / total
     delta = jnp.sum(dy * y, axis=-1, keepdims=True)
     dy = dy.astype(v.dtype)

@@ -2,6 +2,9 @@
 
 pre   x + f(N(x))            post  N(x + f(x))
 peri  x + N_out(f(N_in(x)))  out   x + N_out(f(x))
+
+Under CompleteP every branch is multiplied by L_base / L where it is added, behind its norm if it ends in one (published
+for `pre`; the others are a choice).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from scalelab.models.layers import Norm
+from scalelab.models.layers import Norm, scaled
 from scalelab.models.parscale import StreamVector
 from scalelab.models.registry import CHANNELS, MIXERS
 from scalelab.models.spec import BlockSpec, Flops, Spec
@@ -33,23 +36,25 @@ class Block(nnx.Module):
         self.spec, self.block = spec, block
         copies = lead[0] if lead else 1
         draw = partial(draw, layer=block.layer + block.stride * np.arange(copies))
-        self.mixer = MIXERS[block.mixer](spec, block.mixer_options, draw, lead)
+        self.mixer = MIXERS[block.mixer](spec, block.mixer_options, draw, lead, block.mixer_base)
         if keyless_streams(spec, block):
             self.stream = StreamVector(spec, None, draw, lead)
         self.mixer_norms = nnx.Dict({name: Norm(spec, None, draw, lead) for name in NORMS[spec.placement]})
         if block.channel != "none":
-            self.channel = CHANNELS[block.channel](spec, block.channel_options, draw, lead)
+            self.channel = CHANNELS[block.channel](spec, block.channel_options, draw, lead, block.channel_base)
             self.channel_norms = nnx.Dict({name: Norm(spec, None, draw, lead) for name in NORMS[spec.placement]})
 
     @staticmethod
     def tensors(spec: Spec, block: BlockSpec) -> dict[str, Any]:
         """The tree of its parameters, each as declared."""
-        norms = {name: Norm.tensors(spec) for name in NORMS[spec.placement]}
-        tree: dict[str, Any] = {"mixer": MIXERS[block.mixer].tensors(spec, block.mixer_options), "mixer_norms": norms}
+        norms = {name: Norm.declared(spec, None) for name in NORMS[spec.placement]}
+        mixer = MIXERS[block.mixer].declared(spec, block.mixer_options, block.mixer_base)
+        tree: dict[str, Any] = {"mixer": mixer, "mixer_norms": norms}
         if keyless_streams(spec, block):
-            tree["stream"] = StreamVector.tensors(spec)
+            tree["stream"] = StreamVector.declared(spec, None)
         if block.channel != "none":
-            tree |= {"channel": CHANNELS[block.channel].tensors(spec, block.channel_options), "channel_norms": norms}
+            channel = CHANNELS[block.channel].declared(spec, block.channel_options, block.channel_base)
+            tree |= {"channel": channel, "channel_norms": norms}
         return tree
 
     @staticmethod
@@ -104,6 +109,6 @@ class Block(nnx.Module):
         """Residual branch; f returns its output and whatever else it has to say, which is passed on."""
         placement = self.spec.placement
         y, *rest = f(norms["norm"](x) if placement in ("pre", "peri") else x)
-        if placement == "post":
-            return norms["norm"](x + y), *rest
-        return x + (norms["norm_out"](y) if placement in ("peri", "out") else y), *rest
+        y = norms["norm_out"](y) if placement in ("peri", "out") else y
+        x = x + scaled(y, self.spec.residual_multiplier)
+        return (norms["norm"](x) if placement == "post" else x), *rest

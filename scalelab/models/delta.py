@@ -91,6 +91,7 @@ class DeltaNetOptions:
 
 class DeltaNet(DeltaMixer):
     Options = DeltaNetOptions
+    grows = ("heads",)
 
     @staticmethod
     def check(options: DeltaNetOptions, field: str, width: int) -> None:
@@ -155,6 +156,7 @@ class GatedDeltaNetOptions:
 
 class GatedDeltaNet(DeltaMixer):
     Options = GatedDeltaNetOptions
+    grows = ("heads", "value_heads")
 
     @staticmethod
     def check(options: GatedDeltaNetOptions, field: str, width: int) -> None:

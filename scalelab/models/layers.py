@@ -84,6 +84,11 @@ def rope(x: Float[Array, "B T H d"], positions: Int[Array, "#B T"], theta: float
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def scaled(x: Float[Array, "*s"], factor: float) -> Float[Array, "*s"]:
+    """factor * x in x's dtype; x itself for factor 1."""
+    return x if factor == 1 else (factor * x.astype(jnp.float32)).astype(x.dtype)
+
+
 def soft_cap(x: Float[Array, "*s"], cap: float) -> Float[Array, "*s"]:
     """cap * tanh(x / cap); the identity for cap 0."""
     return cap * jnp.tanh(x / cap) if cap else x

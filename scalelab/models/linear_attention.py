@@ -185,6 +185,7 @@ class GLAOptions:
 
 class GLA(LinearMixer):
     Options = GLAOptions
+    grows = ("heads",)
 
     @staticmethod
     def check(options: GLAOptions, field: str, width: int) -> None:
@@ -265,6 +266,7 @@ class LightningOptions:
 
 class Lightning(LinearMixer):
     Options = LightningOptions
+    grows = ("heads",)
 
     @staticmethod
     def check(options: LightningOptions, field: str, width: int) -> None:

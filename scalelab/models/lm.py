@@ -18,12 +18,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.cross_entropy import cross_entropy
 from scalelab.errors import BadInput
 from scalelab.models.block import Block
-from scalelab.models.layers import Norm, soft_cap
+from scalelab.models.layers import Norm, scaled, soft_cap
 from scalelab.models.parscale import Aggregator, spread
 from scalelab.models.registry import resolve
 from scalelab.models.spec import BlockSpec, Spec
-from scalelab.parametrization import Source, Tensor
+from scalelab.parametrization import Rule, Source, Tensor, rule, with_base
 
+PARTS = ("prefix", "period", "suffix")  # of the stack
 Params = dict[str, Any]  # nested, of raw arrays; the repeated period's have a leading axis, one entry a repeat
 
 
@@ -51,14 +52,14 @@ class LanguageModel(nnx.Module):
         """The tree of the parameters as declared, those of the period once (without the axis of repeats)."""
         tree: dict[str, Any] = dict(_outer_tensors(spec))
         if spec.embed_norm:
-            tree["embed_norm"] = Norm.tensors(spec)
-        for name in ("prefix", "period", "suffix"):
+            tree["embed_norm"] = Norm.declared(spec, None)
+        for name in PARTS:
             if blocks := getattr(spec, name):
                 tree[name] = {str(i): Block.tensors(spec, block) for i, block in enumerate(blocks)}
         if spec.placement != "post":
-            tree["final_norm"] = Norm.tensors(spec)
+            tree["final_norm"] = Norm.declared(spec, None)
         if spec.streams > 1:
-            tree["aggregator"] = Aggregator.tensors(spec)
+            tree["aggregator"] = Aggregator.declared(spec, None)
         return tree
 
     # -------------------------------------------------------------------------------- whole sequences
@@ -111,6 +112,31 @@ class LanguageModel(nnx.Module):
         )
         return nll.reshape(targets.shape), lse.reshape(targets.shape), aux
 
+    def activations(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> dict[str, Float[Array, "..."]]:
+        """What a coordinate check looks at, float32: "embedding" (B, T, D), "blocks" (L, B, T, D), the residual stream
+        after every block in order, and "logits"."""
+        positions = jnp.arange(tokens.shape[1])[None]
+        embedding = x = self._embed(tokens, positions)
+        positions, segment_ids = self._rows(positions), spread(segment_ids, self.spec.streams)
+
+        def look(block: Block, x: Array, state: Any) -> tuple[Array, None, dict[str, Array]]:
+            y = block(x, segment_ids, positions)[0]
+            return y, None, {"output": y}
+
+        x, _, seen = self._stack(x, None, look)
+        layers: list[Any] = []
+        for part in PARTS:
+            outputs = [block["output"] for block in seen.get(part, {}).values()]
+            # Of the period (block, repeat, ...): in the order of the stack, a repeat after the other.
+            layers += [a for repeat in zip(*outputs, strict=True) for a in repeat] if part == "period" else outputs
+        return {
+            "embedding": embedding.astype(jnp.float32),
+            "blocks": jnp.stack(layers).astype(jnp.float32),
+            "logits": self._logits(self._final(x)),
+        }
+
     # -------------------------------------------------------------------------------- token by token
 
     def init_state(self, batch: int, max_len: int) -> dict[str, Any]:
@@ -152,7 +178,7 @@ class LanguageModel(nnx.Module):
         x = self.embed[...][tokens]
         if self.spec.positions:
             x = x + self.positions[...][positions]
-        x = x.astype(self.spec.dtype)
+        x = scaled(x, self.spec.embed_multiplier).astype(self.spec.dtype)
         x = self.embed_norm(x) if self.spec.embed_norm else x
         return x if self.spec.streams == 1 else jnp.repeat(x, self.spec.streams, axis=0)
 
@@ -165,9 +191,10 @@ class LanguageModel(nnx.Module):
             raise BadInput("config.model.positions", self.spec.positions, f"is too few for {length} tokens in a row")
 
     def _final(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        """Normed, and the streams of ParScale mixed into one."""
+        """Normed, the streams of ParScale mixed into one, and times what multiplies the logits."""
         x = x if self.spec.placement == "post" else self.final_norm(x)
-        return x if self.spec.streams == 1 else self.aggregator(x)
+        x = x if self.spec.streams == 1 else self.aggregator(x)
+        return scaled(x, self.spec.logits_multiplier)
 
     def _head(self) -> Float[Array, "D V"]:
         return self.embed[...].T if self.spec.tied_embeddings else self.unembed[...]
@@ -192,7 +219,7 @@ class LanguageModel(nnx.Module):
             return x, (after, aux)
 
         after, aux = {}, {}
-        for part in ("prefix", "period", "suffix"):
+        for part in PARTS:
             graphdef, params = nnx.split(getattr(self, part))
             body = _remat(lambda x, xs, graphdef=graphdef: run(graphdef, x, xs), self.spec.remat)
             xs = (params, state and state[part])
@@ -208,7 +235,7 @@ def _outer_tensors(spec: Spec) -> dict[str, Tensor]:
         tensors["unembed"] = Tensor((D, V), "unembedding", fan_in=D)
     if spec.positions:
         tensors["positions"] = Tensor((spec.positions, D), "embedding", fan_in=D)
-    return tensors
+    return tensors if spec.base is None else with_base(tensors, _outer_tensors(spec.base))
 
 
 def _blocks(spec: Spec, blocks: tuple[BlockSpec, ...], draw: Source, lead: tuple[int, ...] = ()) -> Any:
@@ -271,3 +298,16 @@ def logits(config: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Arra
 def roles(config: Any) -> Params:
     """The role of every parameter (`parametrization.ROLES`), in a tree like theirs."""
     return jax.tree.map(lambda tensor: tensor.role, LanguageModel.tensors(resolve(config)))
+
+
+def rules(config: Any, decay_exponent: float = 1.0) -> Params | None:
+    """What the optimiser multiplies of each parameter (`parametrization.Rule`), in a tree like theirs; None under the
+    standard parametrisation, where every factor is 1."""
+    spec = resolve(config)
+    if spec.base is None:
+        return None
+
+    def of(path: Any, tensor: Tensor) -> Rule:
+        return rule(tensor, spec.width_ratio, spec.depth_ratio, path[0].key in PARTS, decay_exponent)
+
+    return jax.tree_util.tree_map_with_path(of, LanguageModel.tensors(spec))

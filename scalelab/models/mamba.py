@@ -51,6 +51,7 @@ class MambaOptions:
 
 class Mamba(Mixer):
     Options = MambaOptions
+    grows = ("dt_rank",)
 
     # -------------------------------------------------------------------------------- pure functions of the config
 

@@ -28,6 +28,7 @@ class MLPOptions:
 
 class MLP(ChannelMixer):
     Options = MLPOptions
+    grows = ("hidden",)
     gate: nnx.Param
     up: nnx.Param
     down: nnx.Param

@@ -76,6 +76,7 @@ class MoEOptions:
 
 class MoE(ChannelMixer):
     Options = MoEOptions
+    grows = ("hidden",)
     bias: nnx.Param
 
     # -------------------------------------------------------------------------------- pure functions of the config

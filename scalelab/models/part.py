@@ -12,21 +12,30 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from scalelab.models.spec import Flops, Spec
-from scalelab.parametrization import Source, Tensor
+from scalelab.parametrization import Source, Tensor, with_base
 
 
 class Part(nnx.Module):
     """A module whose parameters are declared by `tensors(spec, options)`, one float32 `nnx.Param` of the same name
-    each. `lead` axes in front of every parameter hold the layers of a scanned stack."""
+    each. `lead` axes in front of every parameter hold the layers of a scanned stack. `base`: the options that it has
+    in the base model (`spec.base`), where there is one."""
 
-    def __init__(self, spec: Spec, options: Any, draw: Source, lead: tuple[int, ...] = ()):
-        self.spec, self.options = spec, options
-        for name, tensor in self.tensors(spec, options).items():
+    grows: ClassVar[tuple[str, ...]] = ()  # options that grow with the width of a model of the same proportions
+
+    def __init__(self, spec: Spec, options: Any, draw: Source, lead: tuple[int, ...] = (), base: Any = None):
+        self.spec, self.options, self.base = spec, options, base
+        for name, tensor in self.declared(spec, options, base).items():
             setattr(self, name, nnx.Param(draw(tensor, lead)))
 
     @staticmethod
     def tensors(spec: Spec, options: Any) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    @classmethod
+    def declared(cls, spec: Spec, options: Any, base: Any = None) -> dict[str, Tensor]:
+        """Its tensors, each with the one that it is in the base model."""
+        tensors = cls.tensors(spec, options)
+        return tensors if spec.base is None else with_base(tensors, cls.tensors(spec.base, base))
 
     def roles(self) -> dict[str, str]:
         """What each of its parameters is, for parametrization."""

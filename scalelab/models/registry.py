@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from scalelab.models.part import ChannelMixer, Mixer
 from scalelab.models.slstm import SLSTM
 from scalelab.models.spec import BlockSpec, Spec, options
 from scalelab.models.xlstm import MLSTM, MLSTMUp
-from scalelab.parametrization import INITS
+from scalelab.parametrization import INITS, PARAMETRIZATIONS
 from scalelab.schema import at_least, between, choice
 
 # A name is also that of the mixer's section in `config.model`.
@@ -58,6 +59,7 @@ def resolve(config: Any) -> Spec:
     choice("model.norm", config.norm, ("rmsnorm", "layernorm", "layernorm_gain"))
     choice("model.placement", config.placement, ("pre", "post", "peri", "out"))
     choice("model.init", config.init, INITS)
+    _check_parametrization(config)
     choice("model.compute_dtype", config.compute_dtype, ("bfloat16", "float32"))
     choice("model.remat", config.remat, ("none", "dots", "full"))
     prefix, period, suffix = (
@@ -80,7 +82,7 @@ def resolve(config: Any) -> Spec:
             (suffix, first + stride * repeats, 1),
         )
     )
-    return Spec(
+    spec = Spec(
         vocab_size=config.vocab_size,
         width=config.width,
         prefix=prefix,
@@ -102,7 +104,67 @@ def resolve(config: Any) -> Spec:
         streams=config.parscale.streams,
         stream_prefix=config.parscale.prefix,
         stream_smoothing=config.parscale.smoothing,
+        base=None,
+        base_layers=config.layers,
+        depth_scaled=False,
+        embed_multiplier=1.0,
+        logit_multiplier=1.0,
     )
+    if config.parametrization == "standard":
+        return spec
+    return dataclasses.replace(
+        spec,
+        base=dataclasses.replace(spec, width=config.mup.base_width),
+        base_layers=config.mup.base_layers,
+        depth_scaled=config.parametrization == "completep",
+        embed_multiplier=config.mup.embed_multiplier,
+        logit_multiplier=config.mup.logit_multiplier,
+    )
+
+
+# The fields of `model.mup` that the standard parametrisation does without.
+UNSET = {"base_width": 0, "base_layers": 0, "base": (), "embed_multiplier": 1.0, "logit_multiplier": 1.0}
+
+
+def _check_parametrization(config: Any) -> None:
+    choice("model.parametrization", config.parametrization, PARAMETRIZATIONS)
+    mup = config.mup
+    if config.parametrization == "standard":
+        for name, value in UNSET.items():
+            if mup[name] != value:
+                raise BadInput(f"config.model.mup.{name}", mup[name], "needs model.parametrization = mup or completep")
+        return
+    for name in ("base_width", "base_layers"):
+        if mup[name] < 1:
+            remedy = f"must be that of the model at which the learning rate was tuned, for {config.parametrization}"
+            raise BadInput(f"config.model.mup.{name}", mup[name], remedy)
+    for name in ("embed_multiplier", "logit_multiplier"):
+        at_least(f"model.mup.{name}", mup[name], 0, above=True)
+    used = {section for part in ("prefix", "blocks", "suffix") for entry in config[part] for section in entry[:2]}
+    for entry in mup.base:
+        pair = isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[0], str)
+        section, _, name = entry[0].partition(".") if pair else ("", "", "")
+        if section not in used - {"none"} or not name:
+            remedy = "must be ('section.field', value) with a section that the blocks use, such as "
+            remedy += f"{', '.join(sorted(used - {'none'}))}"
+            raise BadInput("config.model.mup.base", entry, remedy)
+
+
+def _base_options(config: Any, name: str, part: type[Any], own: Any) -> Any:
+    """The options in the base model of a part that has `own` here."""
+    if config.parametrization == "standard":
+        return None
+    named = {field.split(".")[1]: value for field, value in config.mup.base if field.split(".")[0] == name}
+    values = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
+    for field in part.grows:
+        exact = values[field] * config.mup.base_width / config.width
+        values[field] = round(exact)
+        if field not in named and not math.isclose(exact, values[field], rel_tol=0.01):
+            remedy = f"makes {name}.{field} = {exact:.3g} in the base model; say what it has there in model.mup.base: "
+            raise BadInput("config.model.mup.base_width", config.mup.base_width, remedy + f"(('{name}.{field}', ...),)")
+    base = options(part.Options, values, named, "config.model.mup.base")
+    part.check(base, f"model.mup.base: {name}", config.mup.base_width)
+    return base
 
 
 def _block(config: Any, entry: Any, field: str) -> BlockSpec:
@@ -116,8 +178,10 @@ def _block(config: Any, entry: Any, field: str) -> BlockSpec:
     choice(f"{field}: channel mixer", channel, (*CHANNELS, "none"))
     chosen = options(MIXERS[mixer].Options, config[mixer], changes, f"config.{field}")
     MIXERS[mixer].check(chosen, f"{field}" if changes else f"model.{mixer}", config.width)
+    mixer_base = _base_options(config, mixer, MIXERS[mixer], chosen)
     if channel == "none":
-        return BlockSpec(mixer, chosen, channel, None)
+        return BlockSpec(mixer, chosen, channel, None, mixer_base)
     channel_options = options(CHANNELS[channel].Options, config[channel], {}, f"config.model.{channel}")
     CHANNELS[channel].check(channel_options, f"model.{channel}", config.width)
-    return BlockSpec(mixer, chosen, channel, channel_options)
+    channel_base = _base_options(config, channel, CHANNELS[channel], channel_options)
+    return BlockSpec(mixer, chosen, channel, channel_options, mixer_base, channel_base)

@@ -42,6 +42,7 @@ class SLSTMOptions:
 
 class SLSTM(Mixer):
     Options = SLSTMOptions
+    grows = ("heads",)
 
     # -------------------------------------------------------------------------------- pure functions of the config
 

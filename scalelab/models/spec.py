@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from scalelab.errors import BadInput
-from scalelab.parametrization import Init
+from scalelab.parametrization import ALPHA, Init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,8 @@ class BlockSpec:
     mixer_options: Any
     channel: str  # or "none"
     channel_options: Any
+    mixer_base: Any = None  # options in the base model, under muP and CompleteP
+    channel_base: Any = None
     layer: int = 0  # number of its first copy in the stack, from 0; the others follow `stride` apart
     stride: int = 1
 
@@ -47,6 +49,11 @@ class Spec:
     streams: int
     stream_prefix: int
     stream_smoothing: float
+    base: Spec | None  # the base model of muP and CompleteP, its width alone set: what tensors' fan-ins compare with
+    base_layers: int
+    depth_scaled: bool  # CompleteP
+    embed_multiplier: float
+    logit_multiplier: float
     # Not of the config, but of the pass: whether it is a training one, and how many devices share the batch.
     training: bool = False
     shards: int = 1
@@ -65,8 +72,29 @@ class Spec:
 
     @property
     def init(self) -> Init:
-        branches = sum(1 + (block.channel != "none") for block in self.blocks)
-        return Init(self.init_kind, self.init_std, self.width, branches, len(self.blocks))
+        branches, layers = sum(1 + (block.channel != "none") for block in self.blocks), len(self.blocks)
+        if self.base is None:
+            return Init(self.init_kind, self.init_std, self.width, branches, layers)
+        branches *= self.base_layers / layers
+        return Init(self.init_kind, self.init_std, self.base.width, branches, layers, self.base_layers)
+
+    @property
+    def width_ratio(self) -> float:
+        """m_N."""
+        return 1.0 if self.base is None else self.width / self.base.width
+
+    @property
+    def depth_ratio(self) -> float:
+        """m_L; 1 where depth is not scaled."""
+        return len(self.blocks) / self.base_layers if self.depth_scaled else 1.0
+
+    @property
+    def residual_multiplier(self) -> float:
+        return self.depth_ratio**-ALPHA
+
+    @property
+    def logits_multiplier(self) -> float:
+        return self.logit_multiplier / self.width_ratio
 
 
 class Flops(NamedTuple):

@@ -95,6 +95,7 @@ class MLSTM(Mixer):
     """The post-up-projection block's mixer; a SwiGLU channel mixer goes with it."""
 
     Options = MLSTMOptions
+    grows = ("heads",)
 
     @staticmethod
     def check(options: MLSTMOptions, field: str, width: int) -> None:
@@ -215,6 +216,7 @@ class MLSTMUp(Mixer):
     """The pre-up-projection block: no channel mixer goes with it."""
 
     Options = MLSTMUpOptions
+    grows = ("heads",)
 
     @staticmethod
     def check(options: MLSTMUpOptions, field: str, width: int) -> None:
