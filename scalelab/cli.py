@@ -89,16 +89,35 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_arguments(build)
     p = command("bench", "Measure scalelab itself; ratios to a baseline in the same run")
     p.add_argument(
-        "what", choices=("step", "fit", "families"),
+        "what", choices=("step", "fit", "families", "coords"),
         help="step: the loop's overhead over the bare jitted step; fit: fitting a law, against SciPy; families: "
-        "training speed of each family over the Transformer's",
+        "training speed of each family over the Transformer's; coords: do activations and their updates stay of one "
+        "size over widths and depths",
     )  # fmt: skip
     p.add_argument("--pairs", type=int, default=300, metavar="N", help="step: interleaved pairs (default: 300)")
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="fit: interleaved repeats (default: 7)")
     p.add_argument("--whole", action="store_true", help="fit: time SciPy's 4,500 starts in full too")
     p.add_argument("--params", type=float, default=1e5, metavar="N", help="families: size of each (default: 1e5)")
     p.add_argument("--families", default="", metavar="A,B,...", help="families: which (default: all of the recipe)")
+    p.add_argument("--family", default="transformer", help="coords: a family of the recipe (default: transformer)")
+    p.add_argument("--parametrizations", type=_words, default=("standard", "mup", "completep"), metavar="A:B",
+                   help="coords: (default: standard:mup:completep)")  # fmt: skip
+    p.add_argument("--widths", type=_numbers, default=(64, 128, 256, 512, 1024), metavar="N:N",
+                   help="coords: (default: 64:128:256:512:1024)")  # fmt: skip
+    p.add_argument("--depths", type=_numbers, default=(2, 4, 8, 16, 32), metavar="N:N",
+                   help="coords: (default: 2:4:8:16:32)")  # fmt: skip
+    p.add_argument("--steps", type=int, default=4, metavar="N", help="coords: Adam steps (default: 4)")
+    p.add_argument("--out", default=None, metavar="FILE", help="coords: the table, as CSV")
+    p.add_argument("--plot", default=None, metavar="FILE", help="coords: a picture (.png, .svg, .pdf)")
     return parser
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(":"))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(":"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -311,6 +330,12 @@ def _bench(args: argparse.Namespace) -> int:
         from scalelab.bench import families
 
         return families.main(args.params, families=[name for name in args.families.split(",") if name])
+    if args.what == "coords":
+        from scalelab.bench import coords
+
+        return coords.main(
+            args.family, args.parametrizations, args.widths, args.depths, args.steps, args.out, args.plot
+        )
     from scalelab.bench import step
 
     return step.main(args.pairs)

@@ -410,3 +410,32 @@ def plain_log(ax: Axes, which: str) -> None:
         axis.set_major_locator(FixedLocator([tick for tick in even if tick > 0]))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def coordinates(
+    table: pd.DataFrame, along: str = "width", quantity: str = "change", ax: Axes | None = None, *, legend: bool = True
+) -> Axes:
+    """Root mean squares of a coordinate check (`bench.coords.check`) against width or depth: a colour for each
+    parametrisation, a marker for each place. `quantity`: size (at the start) or change (at the last step)."""
+    ax = new_axes(ax)
+    x = "width" if along == "width" else "layers"
+    step = 0 if quantity == "size" else table["step"].max()
+    part = table[(table["along"] == along) & (table["step"] == step)]
+    kinds, places = list(dict.fromkeys(part["parametrization"])), list(dict.fromkeys(part["place"]))
+    for k, kind in enumerate(kinds):
+        for p, place in enumerate(places):
+            line = part[(part["parametrization"] == kind) & (part["place"] == place)].sort_values(x)
+            # Lines that coincide stay visible: each later one is thinner and lies on top.
+            width = 1.2 + 1.4 * (len(kinds) - 1 - k)
+            ax.plot(line[x], line[quantity], color=COLOURS[k], marker=MARKERS[p], markersize=4.5, linewidth=width)
+    title = "at the start" if quantity == "size" else f"change after {step} steps"
+    ax.set(xscale="log", yscale="log", xlabel=along, ylabel="root mean square", title=title)
+    ax.set_xticks(sorted(part[x].unique()), [str(value) for value in sorted(part[x].unique())])
+    ax.xaxis.set_minor_locator(NullLocator())
+    if legend:
+        for k, kind in enumerate(kinds):
+            ax.plot([], [], color=COLOURS[k], linewidth=2, label=kind)
+        for p, place in enumerate(places):
+            ax.plot([], [], MARKERS[p], color=GREY, markersize=4.5, label=place)
+        ax.legend(fontsize="small", frameon=False, ncols=2)
+    return ax

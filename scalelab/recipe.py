@@ -15,7 +15,9 @@ from typing import Any
 from scalelab import flops
 from scalelab.config import base, flatten, override, parse_arg
 from scalelab.errors import BadInput
-from scalelab.schema import Config
+from scalelab.models.registry import CHANNELS, MIXERS
+from scalelab.parametrization import PARAMETRIZATIONS
+from scalelab.schema import Config, choice
 
 Shape = dict[str, Any]  # dotted overrides
 
@@ -229,12 +231,56 @@ def learning_rate(width: int, family: str = "transformer") -> float:
     return float(f"{(0.6 if family in LOWER else 1.0) * min(0.02, 0.5 / width):.3g}")
 
 
+# ------------------------------------------------------------------------------------------------ parametrisation
+
+
+def widened(family: str, width: int, base_width: int, **options: Any) -> Shape:
+    """The family's shape at `base_width`, made wider in the proportions of muP: heads and inner widths grow with the
+    width; depth, head widths, states and numbers of experts stay. Raises `BadInput` where the heads would not be
+    whole. The learning rate is that of the base."""
+    found = shape(family, base_width, **options)
+    defaults = base()
+    for section, part in {**MIXERS, **CHANNELS}.items():
+        for name in part.grows:
+            field = f"model.{section}.{name}"
+            value = found.get(field, defaults.model[section][name]) * width
+            if value % base_width and name != "hidden":
+                raise BadInput("width", width, f"makes {section}.{name} = {value / base_width:.3g}")
+            found[field] = round(value / base_width)
+    return found | {"model.width": width}
+
+
+def transferred(kind: str, found: Shape, base_shape: Shape) -> Shape:
+    """A shape under `kind` of parametrisation, with another one as its base, whose learning rate it takes."""
+    choice("argument parametrization", kind, PARAMETRIZATIONS)
+    if kind == "standard":
+        return found
+    defaults, differs = base().model, []
+    used = {section for block in found.get("model.blocks", defaults.blocks) for section in block[:2]}
+    width, base_width = found["model.width"], base_shape["model.width"]
+    for section, part in {**MIXERS, **CHANNELS}.items():
+        for name, default in defaults[section].items() if section in used else ():
+            own, there = (s.get(f"model.{section}.{name}", default) for s in (found, base_shape))
+            if there * width != own * base_width if name in part.grows else there != own:
+                differs.append((f"{section}.{name}", there))
+    return found | {
+        "model.parametrization": kind,
+        "model.mup.base_width": base_width,
+        "model.mup.base_layers": base_shape["model.layers"],
+        "model.mup.base": tuple(differs),
+        "optim.lr": base_shape["optim.lr"],
+    }
+
+
 # ------------------------------------------------------------------------------------------------ configs
 
 SIZES = {"xs": 64, "s": 128, "m": 256, "l": 512}  # widths
 
 
-ARGUMENTS = {"size": "s", "params": 0.0, "steps": 1000, "data": "", "tokenizer": "bytes", "dtype": "bfloat16"}
+ARGUMENTS = {
+    "size": "s", "params": 0.0, "steps": 1000, "data": "", "tokenizer": "bytes", "dtype": "bfloat16",
+    "parametrization": "standard", "base": SIZES["xs"],
+}  # fmt: skip
 
 
 def config(
@@ -243,7 +289,9 @@ def config(
     """What the `get_config(arg)` of a family's file gives: a size of the recipe, or one of the `published` shapes.
 
     Arguments: size, or params (target without embeddings, active ones), steps, data (a text file or folder, a folder of
-    token shards, or synthetic[:spec]; default: the source of Python's standard library), tokenizer (for text), dtype;
+    token shards, or synthetic[:spec]; default: the source of Python's standard library), tokenizer (for text), dtype,
+    parametrization (standard | mup | completep) and for the last two base, the width of the recipe's shape from which
+    learning rate, decay and initialisation carry over;
     `others` are those that the file itself has read, and `options` go to the family's recipe.
     """
     options = options or {}
@@ -256,6 +304,8 @@ def config(
         changes = {"family": family, **published[args.size]}
     else:
         changes = shape(family, SIZES[args.size], **options)
+    if args.parametrization != "standard":
+        changes = transferred(args.parametrization, changes, shape(family, args.base, **options))
     changes |= {"train.steps": args.steps, "model.compute_dtype": args.dtype, "data.tokenizer": args.tokenizer}
     conf = override(base(), changes)
     if args.data:

@@ -1,0 +1,193 @@
+"""Coordinate check: do activations, and what training changes of them, keep their size as a model widens or deepens?
+
+    scalelab bench coords --family transformer --plot coords.png
+    scalelab bench coords --family mamba2 --widths 64:128:256 --depths 4:8:16 --steps 4 --out coords.csv
+
+Every model takes a few Adam steps at one learning rate, and is looked at on one batch before and after: the root mean
+square of the residual stream behind the block half-way and the last one, and of the logits ("size"), and of their
+difference from what they were at the start ("change"). Under muP the changes neither grow nor shrink with the width,
+under CompleteP neither with the depth; under the standard parametrisation they grow (Yang et al. 2022, appendix D.1;
+Dey et al. 2025). Sizes at the start must not grow; these fall where theory has them fall: logits as 1 / sqrt(D), and as
+1 / sqrt(L) what the L branches of CompleteP add to the embedding. Widths are compared at the least depth, depths at the
+least width; a shape grows by heads and inner widths alone (`recipe.widened`). The slope is that of ln size over ln
+width, 0 where flat.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from jaxtyping import Array, Float
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from scalelab import config, data, models, plots, recipe, sharding, train
+from scalelab.errors import BadInput
+from scalelab.parametrization import PARAMETRIZATIONS
+from scalelab.schema import Config, at_least, choice
+
+ROWS, SEQ_LEN = 4, 64
+LR = 1e-3  # small against what matrices start at, so that changes are in proportion to it
+FLAT = 0.15  # slope: a factor 1.5 from width 64 to 1024
+
+
+def shape(family: str, kind: str, width: int, layers: int, base: tuple[int, int], lr: float = LR) -> Config:
+    """The config of a family's model of some width and depth whose base model has (width, depth) `base`."""
+    base_width, base_layers = base
+    smallest = recipe.shape(family, base_width) | {"model.layers": base_layers, "model.suffix": ()}
+    found = recipe.widened(family, width, base_width) | {"model.layers": layers, "model.suffix": ()}
+    fixed = {
+        "model.compute_dtype": "float32", "data.seq_len": SEQ_LEN, "data.batch_size": ROWS,
+        "data.held_out_tokens": 4096, "optim.eps": 1e-12, "optim.lr": lr,
+    }  # fmt: skip
+    return config.finish(config.base(), recipe.transferred(kind, found, smallest) | fixed)
+
+
+def sizes(conf: Config, steps: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """After 0, 1, ... steps, for every place: {"step", "place", "size", "change"}."""
+    corpus = data.open(conf.data)
+    trainer = train.Trainer(conf, corpus)
+    graphdef, _ = models.abstract(trainer.model)
+
+    @jax.jit
+    def look(params: Any) -> dict[str, Array]:
+        seen = models.merge(graphdef, params).activations(first[:, :-1])
+        half = (seen["blocks"].shape[0] - 1) // 2
+        return {"half-way block": seen["blocks"][half], "last block": seen["blocks"][-1], "logits": seen["logits"]}
+
+    stream = corpus.stream(seed, 0)
+    first = jnp.asarray(next(stream))
+    state: Any = trainer._init(np.uint32(seed))
+    before = look(state.params)
+    for step in range(steps + 1):
+        now = before
+        if step:
+            rows = sharding.put_rows(next(stream), trainer.mesh)
+            state, _ = trainer.step(state, rows, np.float32(conf.optim.lr))
+            now = look(state.params)
+        for place, value in now.items():
+            yield {"step": step, "place": place, "size": rms(value), "change": rms(value - before[place])}
+
+
+def rms(x: Float[Array, "..."]) -> float:
+    return float(jnp.sqrt(jnp.mean(jnp.square(x))))
+
+
+def check(
+    family: str, kinds: Sequence[str], widths: Sequence[int], depths: Sequence[int], steps: int,
+    progress: Callable[[Any], Any] = iter,
+) -> pd.DataFrame:  # fmt: skip
+    """A row for each parametrization, along ("width" | "depth"), width, layers, step and place: size and change."""
+    base = (min(widths), min(depths))
+    points = [
+        (kind, along, width, layers)
+        for kind in kinds
+        for along, shapes in (("width", [(w, base[1]) for w in widths]), ("depth", [(base[0], d) for d in depths]))
+        for width, layers in shapes
+        if len(widths if along == "width" else depths) > 1
+    ]
+    seen: dict[Any, list[dict[str, Any]]] = {}
+    rows = []
+    for kind, along, width, layers in progress(points):
+        # At the base depth CompleteP is muP, and that at the base width standard, bit for bit.
+        same = "mup" if kind == "completep" and layers == base[1] else kind
+        same = "standard" if same == "mup" and (width, layers) == base else same
+        key = (same, width, layers)
+        if key not in seen:
+            seen[key] = list(sizes(shape(family, same, width, layers, base), steps))
+        where = {"parametrization": kind, "along": along, "width": width, "layers": layers}
+        rows += [where | row for row in seen[key]]
+    return pd.DataFrame(rows)
+
+
+def slopes(table: pd.DataFrame) -> pd.DataFrame:
+    """For each parametrization, along and place: the slopes of ln size at the start and of ln change at the last step
+    over ln width or ln depth (`start_slope`, `change_slope`), and the largest over the least of either (`start_ratio`,
+    `change_ratio`)."""
+    rows = []
+    last = table["step"].max()
+    for (kind, along, place), part in table.groupby(["parametrization", "along", "place"], sort=False):
+        row: dict[str, Any] = {"parametrization": kind, "along": along, "place": place}
+        for name, quantity, step in (("start", "size", 0), ("change", "change", last)):
+            points = part[part["step"] == step]
+            x = np.log(points["width" if along == "width" else "layers"].to_numpy(float))
+            y = np.log(points[quantity].to_numpy(float))
+            row[f"{name}_slope"] = float(np.polyfit(x, y, 1)[0])
+            row[f"{name}_ratio"] = float(np.exp(y.max() - y.min()))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def main(
+    family: str = "transformer", kinds: Sequence[str] = PARAMETRIZATIONS, widths: Sequence[int] = (64, 128, 256, 512, 1024),
+    depths: Sequence[int] = (2, 4, 8, 16, 32), steps: int = 4, out: str | None = None, plot: str | None = None,
+) -> int:  # fmt: skip
+    for kind in kinds:
+        choice("--parametrizations", kind, PARAMETRIZATIONS)
+    for name, values in (("--widths", widths), ("--depths", depths), ("--steps", (steps,))):
+        for value in values:
+            at_least(name, value, 1)
+    if len(widths) < 2 and len(depths) < 2:
+        raise BadInput("--widths", widths, "needs several widths, or several --depths, to compare")
+    console = Console(stderr=True)
+    table = check(
+        family, kinds, sorted(widths), sorted(depths), steps,
+        lambda points: track(points, f"{family}: {steps} steps each", console=console, transient=True),
+    )  # fmt: skip
+    report(table, family)
+    for path, write in ((out, lambda p: table.to_csv(p, index=False)), (plot, lambda p: draw(table, family, p))):
+        if path:
+            try:
+                pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write(path)
+            except (OSError, ValueError) as error:
+                raise BadInput("--plot" if path == plot else "--out", path, f"cannot be written ({error})") from None
+            print(path)
+    return 0
+
+
+def draw(table: pd.DataFrame, family: str, path: str) -> None:
+    from matplotlib.figure import Figure
+
+    alongs = list(table["along"].unique())
+    figure = Figure(figsize=(5.2 * len(alongs), 7.4), layout="constrained")
+    axes = figure.subplots(2, len(alongs), squeeze=False)
+    for column, along in enumerate(alongs):
+        for row, quantity in enumerate(("size", "change")):
+            plots.coordinates(table, along, quantity, axes[row, column], legend=(row, column) == (0, 0))
+    figure.suptitle(f"{family}: coordinate check, {table['step'].max()} Adam steps", fontsize="medium")
+    figure.savefig(path, dpi=110)
+
+
+def report(table: pd.DataFrame, family: str) -> None:
+    out, last = Console(), table["step"].max()
+    shown = Table(
+        title=f"{family}: root mean squares at the start, and of their change after {last} steps; slopes over ln width "
+        f"or ln depth, flat within ±{FLAT}",
+        title_justify="left", box=None, pad_edge=False,
+    )  # fmt: skip
+    for column in ("parametrization", "along", "place"):
+        shown.add_column(column, no_wrap=True)
+    for column in ("start", "slope", "change", "slope", ""):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in slopes(table).itertuples():
+        part = table.query("parametrization == @row.parametrization and along == @row.along and place == @row.place")
+        start, change = part[part["step"] == 0]["size"], part[part["step"] == last]["change"]
+        flat = abs(row.change_slope) <= FLAT and row.start_slope <= FLAT
+        shown.add_row(
+            row.parametrization, row.along, row.place, ends(start), f"{row.start_slope:+.2f}", ends(change),
+            f"{row.change_slope:+.2f}", "flat" if flat else "grows" if row.change_slope > FLAT else "not flat",
+        )  # fmt: skip
+    (out if out.is_terminal else Console(width=140)).print(shown)
+
+
+def ends(values: pd.Series) -> str:
+    """Of the smallest and the largest model."""
+    return f"{values.iloc[0]:.3g} .. {values.iloc[-1]:.3g}"
