@@ -6,18 +6,21 @@ import math
 import pathlib
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scalelab import records
+from scalelab import models, records
 from scalelab.config import RunSpec
 from scalelab.errors import BadInput
 from scalelab.launch.local import Outcome, failure
+from scalelab.parametrization import Rule
 from scalelab.records import RunRecord
+from scalelab.schema import Config
 from scalelab.sweep import Clock, Corpora, Sweep
 from scalelab.sweep import plan as plan_run
 
@@ -89,6 +92,9 @@ def plan(sweep: Sweep, root: pathlib.Path) -> None:
             "finished" if done else "",
         )  # fmt: skip
     console.print(table)
+    for line in dict.fromkeys(_multipliers(run.spec.config) for run in sweep.runs):
+        if line:
+            console.print(line, highlight=False)
     for drop in sweep.dropped:
         what = ", ".join(f"{field.split('.', 1)[-1]}={value}" for field, value in drop.overrides.items())
         console.print(f"dropped ({what or 'the config'}): {drop.reason}", markup=False, highlight=False)
@@ -97,6 +103,28 @@ def plan(sweep: Sweep, root: pathlib.Path) -> None:
         f"({clock.source}); disk: {count(disk, 'B')} when finished, {count(disk + max(peaks, default=0), 'B')} "
         "at most per worker",
         highlight=False,
+    )
+
+
+def _multipliers(config: Config) -> str:
+    """What a parametrisation other than the standard one makes of a config, in a line."""
+    model = config.model
+    if model.parametrization == "standard":
+        return ""
+    model = models.with_vocabulary(model, 1)
+    spec = models.registry.resolve(model)
+    rules = jax.tree.leaves(
+        models.rules(model, config.optim.decay_exponent), is_leaf=lambda leaf: isinstance(leaf, Rule)
+    )
+    rates, decays = (sorted({getattr(rule, name) for rule in rules if rule.lr}) for name in ("lr", "decay"))
+
+    def span(values: Sequence[float]) -> str:
+        return " to ".join(f"{value:.3g}" for value in dict.fromkeys((values[0], values[-1])))
+
+    return (
+        f"{model.parametrization} {model.width} x {model.layers} from {model.mup.base_width} x {model.mup.base_layers}: "
+        f"learning rate x {span(rates)}, decay of matrices x {span(decays)}, residual branches x "
+        f"{spec.residual_multiplier:.3g}, logits x {spec.logits_multiplier:.3g}"
     )
 
 

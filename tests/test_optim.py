@@ -1,11 +1,13 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from scalelab import optim
 from scalelab.config import base, override
+from scalelab.parametrization import Rule
 
 
 def section(**changes):
@@ -62,3 +64,35 @@ def test_clipping_is_by_the_global_norm():
     # With so large an eps the update is the clipped gradient over eps.
     assert float(updates["a"][0]) == pytest.approx(0.6 / 1000, rel=2e-3)
     assert float(updates["b"][0]) == pytest.approx(0.8 / 1000, rel=2e-3)
+
+
+def test_one_update_with_rules_by_hand():
+    """Each tensor with its own rate, decay and eps; only Adam's eps sees that the gradients were scaled."""
+    conf = section(weight_decay=0.5, clip=0.0, eps=0.1)
+    params = {"w": jnp.array([1.0, -2.0]), "gain": jnp.array([3.0]), "bias": jnp.array([0.7])}
+    grads = {"w": jnp.array([0.3, 0.4]), "gain": jnp.array([-5.0]), "bias": jnp.array([0.0])}
+    rules = {"w": Rule(0.25, 4.0, 0.5), "gain": Rule(1.0, 1.0, 0.125), "bias": Rule(0.0, 0.0, 1.0)}
+    tx = optim.optimizer(conf, {"w": True, "gain": False, "bias": False}, rules)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    expected = [0.25 * (g / (g + 0.05) + 2.0 * p) for g, p in ((0.3, 1.0), (0.4, -2.0))]
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
+    np.testing.assert_allclose(updates["gain"], [-5 / (5 + 0.0125)], rtol=1e-5)
+    assert float(updates["bias"][0]) == 0.0
+
+
+def test_rules_of_one_change_no_bit_over_many_updates():
+    conf = section(weight_decay=0.1, clip=1.0)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(5, 7)), jnp.float32), "gain": jnp.ones(7)}
+    mask, ones = {"w": True, "gain": False}, {"w": Rule(1.0, 1.0, 1.0), "gain": Rule(1.0, 1.0, 1.0)}
+    ends = []
+    for rules in (None, ones):
+        tx, p = optim.optimizer(conf, mask, rules), params
+        state, draw = tx.init(p), np.random.default_rng(1)
+        update = jax.jit(tx.update)
+        for _ in range(20):
+            grads = jax.tree.map(lambda a: jnp.asarray(draw.normal(size=a.shape), jnp.float32), p)
+            u, state = update(grads, state, p)
+            p = jax.tree.map(lambda a, b: a - 0.01 * b, p, u)
+        ends.append(p)
+    jax.tree.map(np.testing.assert_array_equal, *ends)

@@ -10,7 +10,7 @@ import pytest
 
 from scalelab import data, models, records, sharding, train
 from scalelab.errors import BadInput
-from tests.helpers import assert_same_run, small_corpus, tiny_config, tiny_spec
+from tests.helpers import assert_same_run, final_params, small_corpus, tiny_config, tiny_spec
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +237,51 @@ def test_changed_data_is_refused(corpus, tmp_path):
     moved = train.RunSpec(spec.config, {"text": "0" * 64})
     with pytest.raises(BadInput, match="data has changed since the run was planned"):
         train.run(moved, tmp_path)
+
+
+BASE = {"model__mup__base_width": 16, "model__mup__base_layers": 2, "model__parametrization": "completep"}
+MOE = {"model__blocks": (("attention", "moe"),), "model__moe__hidden": 16, "model__moe__bias_rate": 0.01}
+
+
+def test_at_the_base_completep_trains_to_the_same_bits(reference, corpus, tmp_path):
+    root, plain = reference
+    record = train.run(tiny_spec(corpus, **BASE), tmp_path)
+    assert record.id != plain.id
+    assert (record.parametrization, plain.parametrization) == ("completep", "standard")
+    assert record.loss == plain.loss
+    ours, theirs = final_params(tmp_path / record.id), final_params(root / plain.id)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_under_mup_a_stopped_run_resumes_and_buffers_are_the_routers_alone(corpus, tmp_path):
+    half = {"model__parametrization": "mup", "model__mup__base_width": 8, "model__mup__base_layers": 2}
+    spec = tiny_spec(corpus, **MOE, **half)
+    stop = At(15, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(train.Stopped):
+        train.run(spec, tmp_path / "stopped", [stop])
+    train.run(spec, tmp_path / "stopped")
+    record = train.run(spec, tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped" / spec.id, tmp_path / "whole" / spec.id)
+    assert record.parametrization == "mup"
+    # Neither decay nor Adam has touched the bias: it is a sum of 40 steps of 0.01.
+    bias = final_params(tmp_path / "whole" / spec.id)["['period']['0']['channel']['bias']"]
+    np.testing.assert_allclose(bias, 0.01 * np.round(bias / 0.01), atol=1e-6)
+    assert bias.any()
+
+
+def test_decay_moves_a_matrix_by_eta_lambda_and_vectors_not_at_all(corpus):
+    """The difference that weight decay makes to one update: eta lambda m^(p - 1) p of a matrix."""
+    wide = {"model__parametrization": "mup", "model__mup__base_width": 8, "model__mup__base_layers": 2}
+    moved = []
+    for decay in (0.0, 0.5):
+        conf = tiny_config(corpus, optim__weight_decay=decay, optim__decay_exponent=0.5, **wide)
+        trainer = train.Trainer(conf, data.open(conf.data))
+        state = trainer.initial_state()
+        start = jax.device_get(state.params)
+        rows = sharding.put_rows(np.ones((4, 17), np.int32), trainer.mesh)
+        moved.append(jax.device_get(trainer.step(state, rows, np.float32(0.1))[0].params))
+    without, with_decay = moved
+    q, norm = (lambda p: p["period"]["0"]["mixer"]["q"]), (lambda p: p["final_norm"]["scale"])
+    np.testing.assert_allclose(q(without) - q(with_decay), 0.1 * 0.5 * 2**-0.5 * q(start), rtol=1e-3, atol=1e-7)
+    np.testing.assert_array_equal(norm(without), norm(with_decay))
+    np.testing.assert_array_equal(without["embed"], with_decay["embed"])

@@ -43,7 +43,7 @@ def shape(family: str, kind: str, width: int, layers: int, base: tuple[int, int]
     base_width, base_layers = base
     smallest = recipe.shape(family, base_width) | {"model.layers": base_layers, "model.suffix": ()}
     found = recipe.widened(family, width, base_width) | {"model.layers": layers, "model.suffix": ()}
-    fixed = {
+    fixed = {"model.embed_norm": True,
         "model.compute_dtype": "float32", "data.seq_len": SEQ_LEN, "data.batch_size": ROWS,
         "data.held_out_tokens": 4096, "optim.eps": 1e-12, "optim.lr": lr,
     }  # fmt: skip

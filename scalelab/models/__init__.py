@@ -1,6 +1,6 @@
 """Language models: a stack of blocks, each a sequence mixer and a channel mixer by name."""
 
-from scalelab.models import counters
+from scalelab.models import counters, registry
 from scalelab.models.lm import LanguageModel, abstract, build, init, logits, merge, roles, rules, split
 from scalelab.models.registry import validate, with_vocabulary
 
@@ -12,6 +12,7 @@ __all__ = [
     "init",
     "logits",
     "merge",
+    "registry",
     "roles",
     "rules",
     "split",

@@ -244,9 +244,7 @@ def _softmax_attention(
     return _attention_forward(q, k, v, hidden, cap, scale)[0]
 
 
-def _attention_forward(
-    q: Array, k: Array, v: Array, hidden: Array, cap: float, scale: float
-) -> tuple[Array, Any]:
+def _attention_forward(q: Array, k: Array, v: Array, hidden: Array, cap: float, scale: float) -> tuple[Array, Any]:
     scores = jnp.einsum("brd,bkd->brk", q, k, preferred_element_type=jnp.float32) * scale
     scores = soft_cap(scores, cap)
     slope = (1 - jnp.square(scores / cap)).astype(q.dtype) if cap else None

@@ -159,7 +159,9 @@ def _base_options(config: Any, name: str, part: type[Any], own: Any) -> Any:
     for field in part.grows:
         exact = values[field] * config.mup.base_width / config.width
         values[field] = round(exact)
-        if field not in named and not math.isclose(exact, values[field], rel_tol=0.01):
+        if field == "kv_heads":  # in no matrix's fan-in, and a lone one cannot be fewer
+            values[field] = math.gcd(max(1, values[field]), values["heads"])
+        elif field not in named and not math.isclose(exact, values[field], rel_tol=0.01):
             remedy = f"makes {name}.{field} = {exact:.3g} in the base model; say what it has there in model.mup.base: "
             raise BadInput("config.model.mup.base_width", config.mup.base_width, remedy + f"(('{name}.{field}', ...),)")
     base = options(part.Options, values, named, "config.model.mup.base")

@@ -1,0 +1,151 @@
+"""Coordinate checks: what training changes keeps its size under muP and CompleteP, and not under standard."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scalelab import config, models, plots, recipe, sweep
+from scalelab.bench import coords
+from scalelab.errors import BadInput
+from scalelab.parametrization import Rule
+from tests.helpers import scalelab
+
+BLOCKS = ("half-way block", "last block")
+
+
+def slope(found, kind, along, place):
+    row = found[(found["parametrization"] == kind) & (found["along"] == along) & (found["place"] == place)]
+    return row.iloc[0]
+
+
+def test_updates_stay_flat_over_widths_and_depths_where_standard_grows():
+    table = coords.check("transformer", ("standard", "completep"), (32, 128), (2, 8), 2)
+    found = coords.slopes(table)
+    for along in ("width", "depth"):
+        for place in BLOCKS:
+            assert slope(found, "standard", along, place).change_slope > 0.35
+            mine = slope(found, "completep", along, place)
+            assert abs(mine.change_slope) < 0.2
+            assert mine.start_slope < 0.1
+            assert mine.change_ratio < 1.5
+    assert slope(found, "completep", "width", "logits").change_slope < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in recipe.FAMILIES if name != "transformer"])
+def test_updates_of_every_family_stay_flat_over_widths(family):
+    base = 2 if family in ("xlstm", "moe", "gla") else 4
+    table = coords.check(family, ("standard", "mup"), (64, 256), (base,), 3)
+    found = coords.slopes(table)
+    for place in BLOCKS:
+        assert slope(found, "standard", "width", place).change_slope > 0.3
+        assert abs(slope(found, "mup", "width", place).change_slope) < 0.2
+        assert slope(found, "mup", "width", place).start_slope < 0.1
+
+
+def planted():
+    """size = width^a, change = width^b, exactly; and a depth along which both are constant."""
+    rows = []
+    for width in (64, 256, 1024):
+        for step in (0, 3):
+            change = 0.0 if step == 0 else width**0.5
+            rows.append({"parametrization": "mup", "along": "width", "width": width, "layers": 2, "step": step,
+                         "place": "logits", "size": width**-0.25, "change": change})  # fmt: skip
+            rows.append(rows[-1] | {"along": "depth", "width": 64, "layers": width, "size": 2.0, "change": 3.0})
+    return pd.DataFrame(rows)
+
+
+def test_slopes_are_those_of_planted_powers():
+    found = coords.slopes(planted()).set_index("along")
+    np.testing.assert_allclose(found.loc["width", ["start_slope", "change_slope"]].astype(float), [-0.25, 0.5])
+    np.testing.assert_allclose(found.loc["width", ["start_ratio", "change_ratio"]].astype(float), [2, 4])
+    np.testing.assert_allclose(found.loc["depth", ["start_slope", "change_slope"]].astype(float), [0, 0], atol=1e-12)
+
+
+def test_the_plot_draws_what_the_table_holds():
+    ax = plots.coordinates(planted(), "width", "change")
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [(w, w**0.5) for w in (64, 256, 1024)])
+    again = plots.coordinates(planted(), "depth", "size", ax=plots.new_axes())
+    np.testing.assert_allclose(again.lines[0].get_ydata(), 2.0)
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_and_writes_csv_and_picture(tmp_path):
+    done = scalelab(
+        "bench", "coords", "--family=mamba2", "--parametrizations=standard:mup", "--widths=32:64", "--depths=4",
+        "--steps=1", "--out=found.csv", "--plot=pictures/found.png", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "mup" in done.stdout and "last block" in done.stdout  # noqa: PT018
+    table = pd.read_csv(tmp_path / "found.csv")
+    assert set(table["width"]) == {32, 64}
+    assert set(table["step"]) == {0, 1}
+    assert (tmp_path / "pictures" / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kinds": ("mu",)}, "must be one of standard, mup, completep"),
+        ({"widths": (64,), "depths": (2,)}, "to compare"),
+        ({"widths": (0, 64)}, "must be at least 1"),
+        ({"family": "perceptron"}, "must be one of transformer"),
+        ({"family": "gla", "widths": (64, 96), "depths": (3,)}, None),
+        ({"family": "transformer", "widths": (64, 80), "depths": (2,)}, "makes attention.heads = 2.5"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(options, says, monkeypatch):
+    monkeypatch.setattr(coords, "sizes", lambda conf, steps: iter([{"step": s, "place": "logits", "size": 1.0,
+                                                                   "change": 1.0} for s in (0, 4)]))  # fmt: skip
+    if says is None:
+        assert coords.main(**options) == 0
+        return
+    with pytest.raises(BadInput, match=says):
+        coords.main(**options)
+
+
+# ------------------------------------------------------------------------------------ recipes and the sweep
+
+
+@pytest.mark.parametrize("family", recipe.FAMILIES)
+def test_the_base_of_a_recipes_model_is_the_recipes_model(family):
+    """Also where it differs in more than the width: the fan-ins of the base are those of the recipe's own shape."""
+    for width in (192, 512):
+        shape = recipe.transferred("completep", recipe.shape(family, width), recipe.shape(family, 64))
+        model = config.override(config.base(), {**shape, "model.vocab_size": 64}).model
+        spec = models.registry.resolve(model)
+        small = config.override(config.base(), {**recipe.shape(family, 64), "model.vocab_size": 64}).model
+        assert spec.blocks[0].mixer_base == models.registry.resolve(small).blocks[0].mixer_options
+        assert spec.blocks[0].channel_base == models.registry.resolve(small).blocks[0].channel_options
+        assert (spec.base.width, spec.base_layers) == (64, small.layers)
+        assert shape["optim.lr"] == recipe.learning_rate(64)
+
+
+def test_the_configs_take_a_parametrization():
+    plain, scaled = (config.load(f"transformer:size=m{more}") for more in ("", ",parametrization=completep"))
+    assert plain.model.parametrization == "standard"
+    assert scaled.model.mup.base_width == 64
+    assert scaled.optim.lr == recipe.learning_rate(64) > plain.optim.lr
+    mamba = config.load("mamba:size=m,parametrization=mup,base=128")
+    assert (mamba.model.mup.base_width, mamba.optim.lr) == (128, recipe.learning_rate(128))
+    with pytest.raises(BadInput, match="must be one of standard, mup, completep"):
+        config.load("moe:parametrization=np")
+
+
+@pytest.mark.parametrize("family", ["transformer", "mamba2", "xlstm", "moe"])
+def test_the_sweep_widens_one_shape(family):
+    found = sweep.expand(f"lr_transfer:family={family},widths=32:64:128,lrs=1e-3:2e-3", {})
+    assert not found.dropped
+    seen = {}
+    for run in found.runs:
+        c = run.spec.config
+        seen.setdefault((c.model.parametrization, c.model.width), []).append(c.optim.lr)
+        assert c.model.layers == found.runs[0].spec.config.model.layers
+        assert c.model.mup.base == ()
+        model = config.override(c.model, {"vocab_size": 257})
+        rules = models.rules(model)
+        if c.model.width == 128 and rules:
+            assert rules["period"]["0"]["mixer"]["out"] == Rule(0.25, 4.0, 0.25)
+    shapes = [("standard", 32), ("standard", 64), ("mup", 64), ("standard", 128), ("mup", 128)]
+    assert seen == dict.fromkeys(shapes, [1e-3, 2e-3])
