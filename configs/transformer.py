@@ -5,7 +5,8 @@
 
 Arguments: size (xs | s | m | l: the recipe at widths 64 to 512 | 165m: a published shape), or params (target without
 embeddings), steps, data (a text file or folder, a folder of token shards, or synthetic[:spec]; default: the source of
-Python's standard library), tokenizer (for text), dtype.
+Python's standard library), tokenizer (for text), dtype, parametrization (standard | mup | completep) and base (width of
+the recipe's shape from which the last two carry learning rate, decay and initialisation over; 64).
 """
 
 from scalelab import recipe

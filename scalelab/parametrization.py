@@ -19,9 +19,9 @@ D / D_base, m_L = L / L_base (1 under muP), m a matrix's own fan-in over that of
     Adam's eps: eps / m_N, in blocks times m_L^-alpha    attention scores: q k sqrt(d_base) / d
     residual branches: x + m_L^-alpha f(x)               logits: a_out x W / m_N;  embedding output: a_in x
 
-"base" is the value that `model.init`, or the tensor's own `start`, gives in the base model: there is no 1 / sqrt(2 L) of
-the actual depth in it, and in a model of the base's shape every rule gives what `standard` does. Decay multiplies the
-learning rate; p = 1 (`optim.decay_exponent`) keeps eta lambda (the table of CompleteP), p = 1/2 a matrix's gain (arXiv
+"base" is the value that `model.init`, or the tensor's own `start`, gives in the base model: there is no 1 / sqrt(2 L)
+of the actual depth in it, and in a model of the base's shape every rule gives what `standard` does. Decay multiplies
+the learning rate; p = 1 (`optim.decay_exponent`) keeps eta lambda (the table of CompleteP), p = 1/2 a matrix's gain (arXiv
 2510.15262), p = 0 lambda. A tied embedding is an embedding.
 
 Choices, where the papers, which have Transformers, are silent: everything but attention and MLP goes by its own fan-in,

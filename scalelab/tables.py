@@ -113,10 +113,9 @@ def _multipliers(config: Config) -> str:
         return ""
     model = models.with_vocabulary(model, 1)
     spec = models.registry.resolve(model)
-    rules = jax.tree.leaves(
-        models.rules(model, config.optim.decay_exponent), is_leaf=lambda leaf: isinstance(leaf, Rule)
-    )
-    rates, decays = (sorted({getattr(rule, name) for rule in rules if rule.lr}) for name in ("lr", "decay"))
+    tree = models.rules(model, config.optim.decay_exponent)
+    rules = [rule for rule in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Rule)) if rule.lr]
+    rates, decays = (sorted(getattr(rule, name) for rule in rules) for name in ("lr", "decay"))
 
     def span(values: Sequence[float]) -> str:
         return " to ".join(f"{value:.3g}" for value in dict.fromkeys((values[0], values[-1])))

@@ -148,4 +148,4 @@ def test_the_sweep_widens_one_shape(family):
         if c.model.width == 128 and rules:
             assert rules["period"]["0"]["mixer"]["out"] == Rule(0.25, 4.0, 0.25)
     shapes = [("standard", 32), ("standard", 64), ("mup", 64), ("standard", 128), ("mup", 128)]
-    assert seen == dict.fromkeys(shapes, [1e-3, 2e-3])
+    assert seen == {shape: [1e-3, 2e-3] for shape in shapes}

@@ -91,7 +91,7 @@ def test_rules_of_one_change_no_bit_over_many_updates():
         state, draw = tx.init(p), np.random.default_rng(1)
         update = jax.jit(tx.update)
         for _ in range(20):
-            grads = jax.tree.map(lambda a: jnp.asarray(draw.normal(size=a.shape), jnp.float32), p)
+            grads = {name: jnp.asarray(draw.normal(size=a.shape), jnp.float32) for name, a in p.items()}
             u, state = update(grads, state, p)
             p = jax.tree.map(lambda a, b: a - 0.01 * b, p, u)
         ends.append(p)

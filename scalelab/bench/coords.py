@@ -9,8 +9,9 @@ difference from what they were at the start ("change"). Under muP the changes ne
 under CompleteP neither with the depth; under the standard parametrisation they grow (Yang et al. 2022, appendix D.1;
 Dey et al. 2025). Sizes at the start must not grow; these fall where theory has them fall: logits as 1 / sqrt(D), and as
 1 / sqrt(L) what the L branches of CompleteP add to the embedding. Widths are compared at the least depth, depths at the
-least width; a shape grows by heads and inner widths alone (`recipe.widened`). The slope is that of ln size over ln
-width, 0 where flat.
+least width; a shape grows by heads and inner widths alone (`recipe.widened`). The embedding is normed (`embed_norm`),
+so that the residual stream starts at size 1 at any width and depth, which the theory takes for granted and the small
+embeddings of these recipes are not. The slope is that of ln size over ln width, 0 where flat.
 """
 
 from __future__ import annotations
@@ -126,9 +127,14 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(
-    family: str = "transformer", kinds: Sequence[str] = PARAMETRIZATIONS, widths: Sequence[int] = (64, 128, 256, 512, 1024),
-    depths: Sequence[int] = (2, 4, 8, 16, 32), steps: int = 4, out: str | None = None, plot: str | None = None,
-) -> int:  # fmt: skip
+    family: str = "transformer",
+    kinds: Sequence[str] = PARAMETRIZATIONS,
+    widths: Sequence[int] = (64, 128, 256, 512, 1024),
+    depths: Sequence[int] = (2, 4, 8, 16, 32),
+    steps: int = 4,
+    out: str | None = None,
+    plot: str | None = None,
+) -> int:
     for kind in kinds:
         choice("--parametrizations", kind, PARAMETRIZATIONS)
     for name, values in (("--widths", widths), ("--depths", depths), ("--steps", (steps,))):
