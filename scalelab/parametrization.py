@@ -21,14 +21,15 @@ D / D_base, m_L = L / L_base (1 under muP), m a matrix's own fan-in over that of
 
 "base" is the value that `model.init`, or the tensor's own `start`, gives in the base model: there is no 1 / sqrt(2 L)
 of the actual depth in it, and in a model of the base's shape every rule gives what `standard` does. Decay multiplies
-the learning rate; p = 1 (`optim.decay_exponent`) keeps eta lambda (the table of CompleteP), p = 1/2 a matrix's gain (arXiv
-2510.15262), p = 0 lambda. A tied embedding is an embedding.
+the learning rate; p = 1 (`optim.decay_exponent`) keeps eta lambda (the table of CompleteP), p = 1/2 a matrix's gain
+(arXiv 2510.15262), p = 0 lambda. A tied embedding is an embedding.
 
 Choices, where the papers, which have Transformers, are silent: everything but attention and MLP goes by its own fan-in,
 m above, gates and routers too. So maps inside blocks or heads of a fixed width have m = 1: block-diagonal q, k, v of
 mLSTM, the maps of sLSTM with heads of one width, GLA's second decay matrix; those of sLSTM and the experts' outputs
-scale where heads or experts widen. Vectors start as without muP. The queries of linear attention keep their 1 /
-sqrt(d): what reads the state is normed, so the scale is of no effect. eps of the final norm is that of the embedding.
+scale where heads or experts widen. Vectors start as without muP. The queries of linear attention and of mLSTM keep
+their 1 / sqrt(d): what they read is normed, so the scale has no effect, or little (mLSTM's normaliser has a floor). eps
+of the final norm is that of the embedding.
 Experimental: that these rules keep selective recurrences and experts of another granularity stable is not established;
 `scalelab bench coords` is the check.
 """

@@ -120,10 +120,11 @@ def _multipliers(config: Config) -> str:
     def span(values: Sequence[float]) -> str:
         return " to ".join(f"{value:.3g}" for value in dict.fromkeys((values[0], values[-1])))
 
+    mup, shape = model.mup, f"{model.width} x {model.layers}"
     return (
-        f"{model.parametrization} {model.width} x {model.layers} from {model.mup.base_width} x {model.mup.base_layers}: "
-        f"learning rate x {span(rates)}, decay of matrices x {span(decays)}, residual branches x "
-        f"{spec.residual_multiplier:.3g}, logits x {spec.logits_multiplier:.3g}"
+        f"{model.parametrization} {shape} from {mup.base_width} x {mup.base_layers}: learning rate "
+        f"x {span(rates)}, decay of matrices x {span(decays)}, residual branches x {spec.residual_multiplier:.3g}, "
+        f"logits x {spec.logits_multiplier:.3g}"
     )
 
 
