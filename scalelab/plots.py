@@ -420,7 +420,7 @@ def coordinates(
     ax = new_axes(ax)
     x = "width" if along == "width" else "layers"
     step = 0 if quantity == "size" else table["step"].max()
-    part = table[(table["along"] == along) & (table["step"] == step)]
+    part: Any = table[(table["along"] == along) & (table["step"] == step)]
     kinds, places = list(dict.fromkeys(part["parametrization"])), list(dict.fromkeys(part["place"]))
     for k, kind in enumerate(kinds):
         for p, place in enumerate(places):

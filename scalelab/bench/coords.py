@@ -114,7 +114,10 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
     `change_ratio`)."""
     rows = []
     last = table["step"].max()
-    for (kind, along, place), part in table.groupby(["parametrization", "along", "place"], sort=False):
+    key: Any
+    part: Any
+    for key, part in table.groupby(["parametrization", "along", "place"], sort=False):
+        kind, along, place = key
         row: dict[str, Any] = {"parametrization": kind, "along": along, "place": place}
         for name, quantity, step in (("start", "size", 0), ("change", "change", last)):
             points = part[part["step"] == step]
@@ -183,8 +186,11 @@ def report(table: pd.DataFrame, family: str) -> None:
         shown.add_column(column, no_wrap=True)
     for column in ("start", "slope", "change", "slope", ""):
         shown.add_column(column, justify="right", no_wrap=True)
+    row: Any
     for row in slopes(table).itertuples():
-        part = table.query("parametrization == @row.parametrization and along == @row.along and place == @row.place")
+        part: Any = table.query(
+            "parametrization == @row.parametrization and along == @row.along and place == @row.place"
+        )
         start, change = part[part["step"] == 0]["size"], part[part["step"] == last]["change"]
         flat = abs(row.change_slope) <= FLAT and row.start_slope <= FLAT
         shown.add_row(
@@ -194,6 +200,6 @@ def report(table: pd.DataFrame, family: str) -> None:
     (out if out.is_terminal else Console(width=140)).print(shown)
 
 
-def ends(values: pd.Series) -> str:
+def ends(values: Any) -> str:
     """Of the smallest and the largest model."""
     return f"{values.iloc[0]:.3g} .. {values.iloc[-1]:.3g}"
