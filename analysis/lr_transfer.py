@@ -49,10 +49,11 @@ def optima(table: pd.DataFrame) -> pd.DataFrame:
 
     The least width is trained once, under standard, and is the base of the others."""
     rows: list[dict[str, Any]] = []
+    cell: Any
     for family, runs in table.groupby("family", sort=False):
         base = runs["width"].min()
         for kind in dict.fromkeys(runs["parametrization"]):
-            mine = runs[(runs["parametrization"] == kind) | (runs["width"] == base)]
+            mine: Any = runs[(runs["parametrization"] == kind) | (runs["width"] == base)]
             for width, cell in mine.groupby("width"):
                 found = optimum(cell["lr"].to_numpy(), cell["loss"].to_numpy()) or (np.nan,) * 3
                 best = cell.loc[cell["loss"].idxmin()]
@@ -67,7 +68,7 @@ def optima(table: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, family: str, kind: str, ax: Axes | None = None) -> Axes:
     """Held-out loss against learning rate, a line per width, the vertices of the parabolas as stars."""
     ax = plots.new_axes(ax)
-    runs = table[table["family"] == family]
+    runs: Any = table[table["family"] == family]
     runs = runs[(runs["parametrization"] == kind) | (runs["width"] == runs["width"].min())]
     found = optima(table)
     for i, (width, cell) in enumerate(runs.groupby("width")):
