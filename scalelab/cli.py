@@ -100,24 +100,23 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--params", type=float, default=1e5, metavar="N", help="families: size of each (default: 1e5)")
     p.add_argument("--families", default="", metavar="A,B,...", help="families: which (default: all of the recipe)")
     p.add_argument("--family", default="transformer", help="coords: a family of the recipe (default: transformer)")
-    p.add_argument("--parametrizations", type=_words, default=("standard", "mup", "completep"), metavar="A:B",
-                   help="coords: (default: standard:mup:completep)")  # fmt: skip
-    p.add_argument("--widths", type=_numbers, default=(64, 128, 256, 512, 1024), metavar="N:N",
-                   help="coords: (default: 64:128:256:512:1024)")  # fmt: skip
-    p.add_argument("--depths", type=_numbers, default=(2, 4, 8, 16, 32), metavar="N:N",
-                   help="coords: (default: 2:4:8:16:32)")  # fmt: skip
+    p.add_argument("--parametrizations", default="standard,mup,completep", metavar="A,B,...",
+                   help="coords: which (default: all three)")  # fmt: skip
+    p.add_argument("--widths", type=_numbers, default=(64, 128, 256, 512, 1024), metavar="N,N,...",
+                   help="coords: (default: 64,128,256,512,1024)")  # fmt: skip
+    p.add_argument("--depths", type=_numbers, default=(2, 4, 8, 16, 32), metavar="N,N,...",
+                   help="coords: layers (default: 2,4,8,16,32)")  # fmt: skip
     p.add_argument("--steps", type=int, default=4, metavar="N", help="coords: Adam steps (default: 4)")
     p.add_argument("--out", default=None, metavar="FILE", help="coords: the table, as CSV")
     p.add_argument("--plot", default=None, metavar="FILE", help="coords: a picture (.png, .svg, .pdf)")
     return parser
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(":"))
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(":"))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -334,7 +333,7 @@ def _bench(args: argparse.Namespace) -> int:
         from scalelab.bench import coords
 
         return coords.main(
-            args.family, args.parametrizations, args.widths, args.depths, args.steps, args.out, args.plot
+            args.family, args.parametrizations.split(","), args.widths, args.depths, args.steps, args.out, args.plot
         )
     from scalelab.bench import step
 

@@ -89,7 +89,7 @@ def test_the_plot_draws_what_the_table_holds():
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_csv_and_picture(tmp_path):
     done = scalelab(
-        "bench", "coords", "--family=mamba2", "--parametrizations=standard:mup", "--widths=32:64", "--depths=4",
+        "bench", "coords", "--family=mamba2", "--parametrizations=standard,mup", "--widths=32,64", "--depths=4",
         "--steps=1", "--out=found.csv", "--plot=pictures/found.png", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """Coordinate check: do activations, and what training changes of them, keep their size as a model widens or deepens?
 
     scalelab bench coords --family transformer --plot coords.png
-    scalelab bench coords --family mamba2 --widths 64:128:256 --depths 4:8:16 --steps 4 --out coords.csv
+    scalelab bench coords --family mamba2 --widths 64,128,256 --depths 4,8,16 --steps 4 --out coords.csv
 
 Every model takes a few Adam steps at one learning rate, and is looked at on one batch before and after: the root mean
 square of the residual stream behind the block half-way and the last one, and of the logits ("size"), and of their
