@@ -432,7 +432,7 @@ def coordinates(
     ax.set(xscale="log", yscale="log", xlabel=along, ylabel="root mean square", title=title)
     ax.set_xticks(sorted(part[x].unique()), [str(value) for value in sorted(part[x].unique())])
     ax.xaxis.set_minor_locator(NullLocator())
-    _plain_log(ax, "y")
+    plain_log(ax, "y")
     if legend:
         for k, kind in enumerate(kinds):
             ax.plot([], [], color=COLOURS[k], linewidth=2, label=kind)
