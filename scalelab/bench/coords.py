@@ -7,9 +7,10 @@ Every model takes a few Adam steps at one learning rate, and is looked at on one
 square of the residual stream behind the block half-way and the last one, and of the logits ("size"), and of their
 difference from what they were at the start ("change"). Under muP the changes neither grow nor shrink with the width,
 under CompleteP neither with the depth; under the standard parametrisation they grow (Yang et al. 2022, appendix D.1;
-Dey et al. 2025). What theory has fall, falls: at the start, what the random head makes of the stream as 1 / sqrt(D), and
-what the L branches of CompleteP add to the embedding as 1 / sqrt(L); and of the logits' change the part that the head's
-random start answers with, down to that of its own update (Transformer, widths 64 to 1024: about 0.10 + 0.28 / sqrt(m)).
+Dey et al. 2025). What theory has fall, falls: at the start, what the random head makes of the stream as 1 / sqrt(D),
+and what the L branches of CompleteP add to the embedding as 1 / sqrt(L); and of the logits' change the part that the
+head's random start answers with, down to that of its own update (Transformer, widths 64 to 1024: about
+0.10 + 0.28 / sqrt(m)).
 
 Widths are compared at the least depth, depths at the least width; a shape grows by heads and inner widths alone
 (`recipe.widened`). The embedding is normed (`embed_norm`), so that the residual stream starts at size 1 at any width
