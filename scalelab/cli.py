@@ -123,15 +123,9 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--family", default="transformer", help="coords: a family of the recipe (default: transformer)")
     p.add_argument("--parametrizations", default="standard,mup,completep", metavar="A,B,...",
                    help="coords: which (default: all three)")  # fmt: skip
-<<<<<<< HEAD
     p.add_argument("--widths", default="64,128,256,512,1024", metavar="N,N,...",
                    help="coords: (default: 64,128,256,512,1024)")  # fmt: skip
     p.add_argument("--depths", default="2,4,8,16,32", metavar="N,N,...",
-=======
-    p.add_argument("--widths", type=_numbers, default=(64, 128, 256, 512, 1024), metavar="N,N,...",
-                   help="coords: (default: 64,128,256,512,1024)")  # fmt: skip
-    p.add_argument("--depths", type=_numbers, default=(2, 4, 8, 16, 32), metavar="N,N,...",
->>>>>>> mup
                    help="coords: layers (default: 2,4,8,16,32)")  # fmt: skip
     p.add_argument("--steps", type=int, default=4, metavar="N", help="coords: Adam steps (default: 4)")
     p.add_argument("--out", default=None, metavar="FILE", help="coords: the table, as CSV")
@@ -423,12 +417,13 @@ def _bench(args: argparse.Namespace) -> int:
         from scalelab.bench import coords
 
         return coords.main(
-<<<<<<< HEAD
-            args.family, args.parametrizations.split(","), _numbers("--widths", args.widths),
-            _numbers("--depths", args.depths), args.steps, args.out, args.plot,
-=======
-            args.family, args.parametrizations.split(","), args.widths, args.depths, args.steps, args.out, args.plot
->>>>>>> mup
+            args.family,
+            args.parametrizations.split(","),
+            _numbers("--widths", args.widths),
+            _numbers("--depths", args.depths),
+            args.steps,
+            args.out,
+            args.plot,
         )
     from scalelab.bench import step
 

@@ -7,11 +7,7 @@ import pathlib
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-<<<<<<< HEAD
 from typing import TYPE_CHECKING, Any, NoReturn
-=======
-from typing import Any, NoReturn
->>>>>>> mup
 
 import jax
 from rich.console import Console
