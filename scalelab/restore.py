@@ -43,7 +43,7 @@ def load(folder: pathlib.Path) -> Opened:
         if tokenizer.fingerprint != trained:
             remedy = f"is not the tokenizer that {folder.name} was trained with ({_short(trained)})"
             raise BadInput("config.data.tokenizer", _short(tokenizer.fingerprint), remedy)
-    elif data.fingerprint(spec.config.data) != dict(spec.content):
+    elif not data.fingerprint(spec.config.data).items() <= spec.content.items():
         raise BadInput("run", str(folder), "is unfinished, and its data or tokenizer have changed since it was planned")
     model = models.with_vocabulary(spec.config.model, tokenizer.vocab_size)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
