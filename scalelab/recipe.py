@@ -289,7 +289,7 @@ def config(
     """What the `get_config(arg)` of a family's file gives: a size of the recipe, or one of the `published` shapes.
 
     Arguments: size, or params (target without embeddings, active ones), steps, data (a text file or folder, a folder of
-        token shards, synthetic[:spec] or probe:spec; default: the source of Python's standard library), tokenizer (for
+    token shards, synthetic[:spec] or probe:spec; default: the source of Python's standard library), tokenizer (for
     text), dtype, parametrization (standard | mup | completep) and for the last two base, the width of the recipe's
     shape from which learning rate, decay and initialisation carry over; `others` are those that the file itself has
     read, and `options` go to the family's recipe.
