@@ -39,7 +39,7 @@ def optimum(lr: np.ndarray, loss: np.ndarray) -> tuple[float, float, float] | No
     residual = y - A @ np.linalg.lstsq(A, y, rcond=None)[0]
     covariance = np.linalg.inv(A.T @ A) * (residual @ residual) / (len(x) - 3)
     slope = np.array([b / (2 * a**2), -1 / (2 * a), 0.0])  # of the vertex -b / 2a in (a, b, c)
-    half = stats.t.ppf(0.975, len(x) - 3) * float(np.sqrt(slope @ covariance @ slope))
+    half = float(stats.t.ppf(0.975, len(x) - 3) * np.sqrt(slope @ covariance @ slope))
     vertex = float(centre - b / (2 * a))
     return vertex, vertex - half, vertex + half
 

@@ -135,7 +135,7 @@ def test_the_base_of_a_recipes_model_is_the_recipes_model(family):
         assert spec.blocks[0].mixer_base == models.registry.resolve(small).blocks[0].mixer_options
         assert spec.blocks[0].channel_base == models.registry.resolve(small).blocks[0].channel_options
         assert (spec.base.width, spec.base_layers) == (64, small.layers)
-        assert shape["optim.lr"] == recipe.learning_rate(64)
+        assert shape["optim.lr"] == recipe.shape(family, 64)["optim.lr"]
 
 
 def test_the_configs_take_a_parametrization():
