@@ -11,10 +11,10 @@ NOTEBOOKS := $(shell grep -l "^. jupyter:" analysis/*.py)
 
 .PHONY: demo notebooks test test-fast lint format types clean
 
-# IsoFLOP sweeps of three families on real text, at equal compute: surfaces, optima, comparison, report.html.
+# An IsoFLOP sweep of a Transformer on real text, the Chinchilla surface and the IsoFLOP optimum, report.html.
 demo: .venv/installed
-	$(BIN)/scalelab sweep --config=isoflop:families=transformer:xlstm:deltanet,budgets=8e10:1.6e11:3.2e11,sizes=4 --name=demo --runs=demo --jobs=$(JOBS)
-	$(BIN)/scalelab report demo/sweeps/demo.json --out=report.html --title="Three byte-level families at equal compute, on Python's standard library"
+	$(BIN)/scalelab sweep --config=isoflop --name=demo --runs=demo --jobs=$(JOBS)
+	$(BIN)/scalelab report demo/sweeps/demo.json --out=report.html --title="IsoFLOP sweep: a byte-level Transformer on Python's standard library"
 
 # analysis/*.py as notebooks with their outputs beside them. They look for published tables in $$SCALELAB_DATA.
 notebooks: .venv/installed-dev
