@@ -16,7 +16,7 @@ from scalelab.errors import BadInput
 FLAGS = {
     "law": "--law", "objective": "--objective", "delta": "--delta", "method": "--resample", "bootstrap": "--bootstrap",
     "cluster": "--cluster", "run": "--cluster", "stratify": "--stratify", "weights": "--weights", "fixed": "--fix",
-    "tied": "--tie", "fixed or tied": "--fix or --tie", "pair": "--pair", "optimal": "--with",
+    "tied": "--tie", "priors": "--prior", "fixed or tied": "--fix or --tie", "pair": "--pair", "optimal": "--with",
     "plan": "--with", "columns": "--columns", "level": "--level",
 }  # fmt: skip
 WORDS = (
@@ -26,7 +26,16 @@ WORDS = (
     (r"(?:budget|run)=\.\.\.", "--cluster=..."),
 )
 PICTURES = (".png", ".svg", ".pdf")
-ONLY_LAWS = ("objective", "delta", "resample", "stratify", "weights", "fix", "tie")  # not of isoflop and envelope
+ONLY_LAWS = (
+    "objective",
+    "delta",
+    "resample",
+    "stratify",
+    "weights",
+    "fix",
+    "tie",
+    "prior",
+)  # not of isoflop and envelope
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -47,6 +56,12 @@ def _fitting(p: argparse.ArgumentParser) -> None:
     add("--delta", "of a Huber (or Student) objective; auto: from the residuals", metavar="WIDTH")
     add("--fix", "hold parameters fixed", metavar="PARAMETER=VALUE,...", **several)
     add("--tie", "hold parameters equal", metavar="PARAMETER=OTHER,...", **several)
+    add(
+        "--prior",
+        "what is known of parameters: mean and standard deviation",
+        metavar="PARAMETER=MEAN:SD,...",
+        **several,
+    )
     add("--weights", "a positive number per row that multiplies its loss", metavar="COLUMN")
     add("--drop", "leave rows with unusable values out instead of refusing them", action="store_true")
     add("--bootstrap", "resamples (default: 1000; 0: point fit)", type=int, default=1000, metavar="N")
@@ -126,7 +141,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     out = {
         "columns": pairs("--columns", args.columns), "bootstrap": args.bootstrap, "seed": args.seed,
         "objective": args.objective, "delta": delta, "fixed": numbers("--fix", args.fix),
-        "tied": pairs("--tie", args.tie), "weights": args.weights, "drop": args.drop, "stratify": args.stratify,
+        "tied": pairs("--tie", args.tie), "priors": normals("--prior", args.prior), "weights": args.weights,
+        "drop": args.drop, "stratify": args.stratify,
     }  # fmt: skip
     return out | ({} if args.resample is None else {"method": args.resample})
 
@@ -150,6 +166,16 @@ def pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
 
 def numbers(flag: str, items: Sequence[str]) -> dict[str, Any]:
     return {name: number(f"{flag} {name}", value, value) for name, value in pairs(flag, items).items()}
+
+
+def normals(flag: str, items: Sequence[str]) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name, value in pairs(flag, items).items():
+        mean, colon, sd = value.partition(":")
+        if not colon:
+            raise BadInput(f"{flag} {name}", value, "must be MEAN:SD, as E=1.69:0.05")
+        found[name] = (number(f"{flag} {name}", mean, value), number(f"{flag} {name}", sd, value))
+    return found
 
 
 def number(flag: str, text: str, shown: Any) -> float:

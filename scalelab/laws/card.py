@@ -37,9 +37,11 @@ def of(fit: Fit) -> Card:
         + (f" [{known.lower[name]:.4g}, {known.upper[name]:.4g}]" if np.isfinite(known.lower[name]) else "")
         for name, value in fit.params.items()
     ]
-    held = [f"{k} = {v:g} held" for k, v in options.fixed.items()] + [
-        f"{k} = {v} tied" for k, v in options.tied.items()
-    ]
+    held = (
+        [f"{k} = {v:g} held" for k, v in options.fixed.items()]
+        + [f"{k} = {v} tied" for k, v in options.tied.items()]
+        + [f"{k} = {mean:g} +- {sd:g} as prior" for k, (mean, sd) in options.priors.items()]
+    )
     dropped = [
         n for n in fit.notices if n.code in ("run-not-done", "nonfinite-row", "nonpositive-row", "duplicate-rows")
     ]

@@ -54,6 +54,7 @@ def of_solution(fit: Fit) -> Iterator[Notice]:
     yield from _of_columns(fit.rows, fit.law)
     yield from context.findings(fit.rows, fit.law)
     yield from _of_solution(fit, *fit.solved)
+    yield from _of_priors(fit)
     yield from fit.law.findings(fit)
 
 
@@ -63,6 +64,28 @@ def of_studies(fit: Fit) -> Iterator[Notice]:
 
     if fit.converged:
         yield from studies.findings(fit)
+
+
+def _of_priors(fit: Fit) -> Iterator[Notice]:
+    """`prior-conflict`: what priors and rows must give way to each other, 2 (V - V without priors) / noise, would be
+    chi-squared with a degree of freedom for each prior if both spoke of one law."""
+    priors = fit.options.priors
+    if not priors:
+        return
+    from scipy.special import gammaincc
+
+    told = ", ".join(f"{name} = {mean:g} +- {sd:g}" for name, (mean, sd) in priors.items())
+    alone = {name: fit.record["without_priors"][fit.names.index(name)] for name in priors}
+    probability = float(gammaincc(len(priors) / 2, fit.record["prior_strain"] / 2))
+    if probability < 0.01:
+        yield Notice(
+            "prior-conflict",
+            "warning",
+            f"the rows alone say {', '.join(f'{name} = {value:.4g}' for name, value in alone.items())}, the priors "
+            f"{told}: so far apart in {probability:.2g} of cases if both were right.",
+            "see whether the prior holds for these data, tokenizer and way of counting; show the fit without it.",
+            {"without_priors": alone, "priors": priors, "probability": probability},
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the data

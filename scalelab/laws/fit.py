@@ -39,6 +39,8 @@ class Options:
     objective: Objective
     fixed: dict[str, float] = dataclasses.field(default_factory=dict)
     tied: dict[str, str] = dataclasses.field(default_factory=dict)
+    priors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)  # parameter -> mean, sd
+    noise: float = 0.0  # of the rows, in units of the objective: what a prior is weighed against; see `prior.noise`
     method: str = "pairs"
     seed: int = 0
     starts: int = 8
@@ -51,7 +53,8 @@ class Options:
 
     @classmethod
     def restore(cls, document: Mapping[str, Any]) -> Options:
-        return cls(**{**document, "objective": Objective(**document["objective"])})
+        priors = {name: tuple(prior) for name, prior in document.get("priors", {}).items()}
+        return cls(**{**document, "objective": Objective(**document["objective"]), "priors": priors})
 
 
 class Fit(Result):
@@ -351,6 +354,7 @@ class Fit(Result):
             f"{r['draws']} bootstrap draws ({r['bootstrap']}, seed {r['seed']}, {r['draws_failed']} failed)",
             *[f"held fixed: {name} = {value:g}" for name, value in self.options.fixed.items()],
             *[f"tied: {name} = {other}" for name, other in self.options.tied.items()],
+            *[f"prior: {name} = {mean:g} +- {sd:g} (normal)" for name, (mean, sd) in self.options.priors.items()],
             "",
             *self.parameter_lines(level),
             "",

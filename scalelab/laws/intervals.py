@@ -1,8 +1,7 @@
 """Intervals without resampling: leave-one-out, influence functions, the profile of the objective.
 
 For estimates that minimise sum w rho(r) with residual r of slope J, the influence of row i is B^-1 J_i w_i psi_i with
-psi = rho' and B = m J' W J (Huber 1981). m is the mean of psi' over rows, smoothed over the residuals' own spread: with
-a Huber width far below the noise psi' is 1 for a handful of rows and 0 for the rest.
+psi = rho' and B = m J' W J (Huber 1981), with m the mean of psi' (`objective.mean_bend`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from scalelab.errors import BadInput
-from scalelab.laws.objective import robust_scale
+from scalelab.laws.objective import mean_bend
 from scalelab.laws.parameter import HUGE
 from scalelab.laws.regression import Constrained, Regression
 from scalelab.laws.solver import minimise
@@ -110,12 +109,13 @@ class Curvature:
     influence: Float[np.ndarray, "n P"]
     cluster: np.ndarray | None
     freedom: int  # rows, or clusters where there are any, less parameters
+    priors: Float[np.ndarray, "k P"]  # how far a standard deviation of each prior moves the fit
 
     def covariance(self, cluster: np.ndarray | None = None) -> Float[np.ndarray, "P P"]:
         """The sandwich, influences summed within clusters."""
         parts = summed(self.influence, self.cluster if cluster is None else cluster)
         with np.errstate(over="ignore", invalid="ignore"):  # of parameters that no row determines
-            return parts.T @ parts
+            return parts.T @ parts + self.priors.T @ self.priors
 
 
 def summed(influence: Float[np.ndarray, "n P"], cluster: np.ndarray | None) -> Float[np.ndarray, "g P"]:
@@ -136,12 +136,9 @@ def curvature(fit: Fit, theta: Float[np.ndarray, " P"] | None = None, weights: n
     jacobian = problem.jacobian(theta)
     residual = problem.model(theta[None])[0] - problem.data
     P, n = len(theta), int(used.sum())
-    # a robust fit passes through P rows and more or less: those say nothing of the density of residuals near zero
-    apart = np.sort(np.abs(residual[used]))[min(P, n - 1)]
-    seen = residual[used & (np.abs(residual) >= apart)]
-    h = max(1.06 * max(robust_scale(residual[used]), 1e-12) * n**-0.2, 1e-9)
-    m = max(float(np.mean((goal.rho(seen + h)[1] - goal.rho(seen - h)[1]) / (2 * h))), 1e-300)
-    bread = m * (jacobian * weights[:, None]).T @ jacobian
+    m = mean_bend(goal, residual[used], P)
+    prior, drift = problem.prior(theta)
+    bread = m * (jacobian * weights[:, None]).T @ jacobian + prior
     scale = 1 / np.sqrt(np.maximum(np.diag(bread), 1e-300))
     inverse = scale[:, None] * np.linalg.pinv(bread * scale[:, None] * scale, rcond=1e-13) * scale
     leverage = m * weights * np.einsum("ip,pq,iq->i", jacobian, inverse, jacobian)
@@ -151,18 +148,16 @@ def curvature(fit: Fit, theta: Float[np.ndarray, " P"] | None = None, weights: n
     spare = n - P * (1 - float(linear[used].mean()))
     influence = -(jacobian * push[:, None]) @ inverse * np.sqrt(n / max(1.0, spare))
     groups = n if fit.rows.clusters is None else len(np.unique(fit.rows.clusters[used]))
-    return Curvature(inverse, influence, fit.rows.clusters, max(1, groups - P))
+    return Curvature(inverse, influence, fit.rows.clusters, max(1, groups - P), drift @ inverse)
 
 
 def own_coordinate(fit: Fit, name: str) -> tuple[Float[np.ndarray, " P"], float, int]:
     """(row, constant, pivot): the parameter's own coordinate u (`Parameter.to_u`) is row @ theta + constant."""
-    problem = fit.solved[0]
-    i = fit.names.index(name)
+    problem, i = fit.solved[0].bare, fit.names.index(name)
     if not isinstance(problem, Constrained):
-        return problem.to_units[i], 0.0, i
-    row = problem.base.to_units[i]
+        return *problem.own(i), i
     source = fit.options.tied.get(name, name)
-    return row @ problem.spread, float(row @ problem.offset), problem.keep.index(fit.names.index(source))
+    return *problem.own(i), problem.keep.index(fit.names.index(source))
 
 
 def standard_errors(fit: Fit) -> pd.Series:

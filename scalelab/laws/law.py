@@ -22,6 +22,7 @@ from scalelab.laws.fit import Fit, Options
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import HUBER, Objective
 from scalelab.laws.parameter import Parameter
+from scalelab.laws.prior import Informed, checked, noise
 from scalelab.laws.regression import Constrained, FormRegression, Regression
 from scalelab.laws.resample import Resamples
 from scalelab.laws.result import provenance
@@ -171,6 +172,7 @@ class Law:
         delta: float | str | None = None,
         fixed: Mapping[str, float] | None = None,
         tied: Mapping[str, str] | None = None,
+        priors: Mapping[str, tuple[float, float]] | None = None,
         starts: int | None = None,
         drop: bool = False,
     ) -> Fit:
@@ -187,6 +189,8 @@ class Law:
           objective: by name or a `laws.Objective`; by default the one of the law's source.
           delta: width of a Huber (or scale of a Student) objective; "auto" takes it from the residuals.
           fixed: parameters held at a value. tied: parameter -> the parameter that it equals.
+          priors: parameter -> (mean, standard deviation) of what is known of it from elsewhere: {"E": (1.69, 0.05)}.
+            Weighed against the rows by the noise of their residuals (`prior.Informed`); each bootstrap draw draws it.
           starts: how many starting points to polish.
           drop: leave rows with NaN, infinite or non-positive values out instead of raising.
 
@@ -195,7 +199,7 @@ class Law:
         """
         options = Options(
             objective=objectives.parse(objective, self.objective, delta), fixed=dict(fixed or {}),
-            tied=dict(tied or {}), method=method, seed=int(seed), starts=starts or STARTS,
+            tied=dict(tied or {}), priors=checked(priors), method=method, seed=int(seed), starts=starts or STARTS,
         )  # fmt: skip
         rows = prepare(
             self.table_of(table, columns or {}, fitting=True), (*self.inputs, *self.measured), target=self.target,
@@ -216,6 +220,7 @@ class Law:
         `bootstrap` may be resamples drawn elsewhere (for several laws at once)."""
         free = len(self.parameters) - len(options.fixed) - len(options.tied)
         checks.enough_rows(rows, self, free)
+        priors, options = options.priors, options.replace(priors={}, noise=0.0)
         problem = self._regression(rows, options)
         resamples = bootstrap
         if not isinstance(resamples, Resamples):
@@ -230,12 +235,23 @@ class Law:
             starts = np.concatenate([first.theta[:1], starts])
             options = options.replace(objective=goal)
         found = polish(problem, starts, rows.weights, goal, self.name)
+        alone = None
+        if priors:  # what is known is weighed against the noise of the rows about what they alone say
+            alone, lowest = found.theta[:1], found.value[0]
+            residual = problem.model(alone)[0] - problem.data
+            options = options.replace(priors=priors, noise=noise(goal, residual, rows.weights, free))
+            problem = self._regression(rows, options)
+            found = polish(problem, np.concatenate([alone, starts]), rows.weights, goal, self.name)
+            strain = 2 * max(0.0, found.value[0] - lowest) / options.noise if options.noise else 0.0
+            about = {
+                "without_priors": problem.natural(alone)[0].tolist(), "prior_strain": float(strain), **(about or {}),
+            }  # fmt: skip
         theta = found.theta[0]
         agreeing = found.converged & (
             found.value
             <= found.value[0] * (1 + AGREE) + 1e-24 * rows.weights.sum() * max(1.0, np.abs(problem.data).max()) ** 2
         )
-        theta_drawn, boundary = refit(problem, found, rows.weights, goal, resamples, free, self.name)
+        theta_drawn, boundary = refit(problem, found, rows.weights, goal, resamples, free, self.name, alone)
         samples = problem.natural(theta_drawn)
         record = {
             "law": self.name,
@@ -270,6 +286,10 @@ class Law:
         return Fit(self, rows, options, estimate, samples, list(rows.notices), record, (problem, theta))
 
     def _regression(self, rows: Rows, options: Options) -> Regression:
+        problem = self._constrained(rows, options)
+        return Informed(problem, self, options.priors, options.noise) if options.priors else problem
+
+    def _constrained(self, rows: Rows, options: Options) -> Regression:
         problem = self.problem(rows.columns, options.objective.on)
         if options.fixed or options.tied:
             specs = list(self.parameters.values())

@@ -119,6 +119,17 @@ def robust_scale(residual: np.ndarray) -> float:
     return float(1.4826 * np.median(np.abs(residual - np.median(residual))))
 
 
+def mean_bend(objective: Objective, residual: np.ndarray, parameters: int) -> float:
+    """The mean of rho'' over rows, smoothed over the residuals' own spread: with a Huber width far below the noise
+    rho'' is 1 for a handful of rows and 0 for the rest."""
+    n = len(residual)
+    # a robust fit passes through as many rows as it has parameters: they say nothing of the density near zero
+    apart = np.sort(np.abs(residual))[min(parameters, n - 1)]
+    seen = residual[np.abs(residual) >= apart]
+    h = max(1.06 * max(robust_scale(residual), 1e-12) * n**-0.2, 1e-9)
+    return max(float(np.mean((objective.rho(seen + h)[1] - objective.rho(seen - h)[1]) / (2 * h))), 1e-300)
+
+
 def first_pass(objective: Objective, data: np.ndarray) -> Objective:
     """The Huber objective whose residuals give the scale of one without a delta."""
     unit = 1.0 if objective.on == "log" else float(np.median(np.abs(data)))

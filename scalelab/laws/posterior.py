@@ -19,6 +19,7 @@ from scalelab.errors import BadInput, FeatureMissing
 from scalelab.laws.fit import Fit
 from scalelab.laws.notices import Notice
 from scalelab.laws.parameter import Parameter
+from scalelab.laws.prior import checked
 from scalelab.laws.regression import Constrained, FormRegression
 from scalelab.laws.shown import Shown, worst_first
 from scalelab.laws.traced import UNTRACEABLE, Traced
@@ -46,7 +47,7 @@ def posterior(
     Args:
       draws, warmup: per chain.
       priors: parameter -> (mean, standard deviation) of a normal prior on the parameter itself, as what an earlier
-        study found: {"E": (1.69, 0.05)}.
+        study found: {"E": (1.69, 0.05)}. The fit's own priors hold too.
 
     Raises `FeatureMissing` without NumPyro (pip install 'scalelab[bayes]'), `BadInput` for a fit without a likelihood
     or a formula that JAX cannot trace (one that looks at values).
@@ -62,10 +63,11 @@ def posterior(
     for name, value, least in (("draws", draws, 10), ("warmup", warmup, 10), ("chains", chains, 1)):
         if value < least:
             raise BadInput(name, value, f"must be {least} or more")
-    density = Density(fit, kind, priors or {})
+    priors = {**fit.options.priors, **(priors or {})}
+    density = Density(fit, kind, priors)
     z, divergences, diagnostics = _sample(density, draws, warmup, chains, seed)
     record: dict[str, Any] = {"draws": draws, "warmup": warmup, "chains": chains, "seed": seed}
-    record["priors"] = {name: list(prior) for name, prior in (priors or {}).items()}
+    record["priors"] = {name: list(prior) for name, prior in priors.items()}
     sigma = np.exp(density.location[-1] + z @ density.scale[-1])
     return Posterior(fit, density.natural(z), sigma, kind, divergences, diagnostics, record)
 
@@ -92,7 +94,7 @@ class Density:
         level = 0.0 if self.on == "log" else math.log(float(np.median(np.abs(form.data))))
         self.mean = np.append(search.mean(1), NOISE[0] + level)
         self.sd = np.append(np.ptp(search, axis=1) / 2, NOISE[1])
-        self.priors = [(*self._place(name), *_normal(name, prior)) for name, prior in (priors or {}).items()]
+        self.priors = [(*self._place(name), *prior) for name, prior in checked(priors).items()]
         for place, *_ in self.priors:
             self.sd[place] = np.inf  # the wide prior of its coordinate is off
         self.lower, self.upper = (
@@ -146,16 +148,6 @@ class Density:
             # a density of p, in the coordinate u = ln |p|: dp/du = p
             total += -0.5 * ((value - mean) / sd) ** 2 + (t[place] if sign else 0.0)
         return jnp.where(inside & jnp.isfinite(total), total, -jnp.inf)
-
-
-def _normal(name: str, prior: tuple[float, float]) -> tuple[float, float]:
-    try:
-        mean, sd = (float(number) for number in prior)
-        if math.isfinite(mean) and 0 < sd < math.inf:
-            return mean, sd
-    except (TypeError, ValueError):
-        pass
-    raise BadInput(f"priors[{name!r}]", prior, "must be (mean, standard deviation), the latter above 0")
 
 
 def _sample(

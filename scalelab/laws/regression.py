@@ -36,6 +36,15 @@ class Regression:
     data: Float[np.ndarray, " n"]
     to_units: Float[np.ndarray, "P P"]  # theta -> u, each parameter's own coordinate (`Parameter.to_u`)
 
+    @property
+    def bare(self) -> Regression:
+        """The problem that the rows alone pose."""
+        return self
+
+    def own(self, i: int) -> tuple[Float[np.ndarray, " P"], float]:
+        """(row, constant): the own coordinate u of the law's parameter i is row @ theta + constant."""
+        return self.to_units[i], 0.0
+
     def model(self, theta: Float[np.ndarray, "S P"]) -> Float[np.ndarray, "S n"]:
         """The law on the objective's scale."""
         raise NotImplementedError
@@ -73,6 +82,16 @@ class Regression:
     def cold_starts(self, weights: Float[np.ndarray, "R n"]) -> Float[np.ndarray, "R P"] | None:
         """A start of its own for each row of weights, where one costs less than a refit; None otherwise."""
         return None
+
+    def prior(self, theta: Float[np.ndarray, " P"]) -> tuple[Float[np.ndarray, "P P"], Float[np.ndarray, "k P"]]:
+        """What priors add to the Gauss-Newton matrix, and to the gradient's standard deviation (one row for each)."""
+        return np.zeros((len(theta), len(theta))), np.zeros((0, len(theta)))
+
+    def redrawn(
+        self, data: Float[np.ndarray, "k n"] | None, draws: int, rng: np.random.Generator
+    ) -> Float[np.ndarray, "k m"] | None:
+        """The targets of bootstrap draws: priors have draws of their own."""
+        return data
 
 
 class FormRegression(Regression):
@@ -286,6 +305,10 @@ class Constrained(Regression):
             raise BadInput("fixed", dict(fixed), "leaves no parameter to fit")
         self.keep, self.spread, self.offset = keep, spread[:, keep], offset
         self.lower, self.upper = base.lower[keep], base.upper[keep]
+
+    def own(self, i):
+        row, constant = self.base.own(i)
+        return row @ self.spread, float(row @ self.offset) + constant
 
     def _full(self, free: np.ndarray) -> np.ndarray:
         return free @ self.spread.T + self.offset

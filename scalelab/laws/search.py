@@ -50,24 +50,28 @@ def _resume(problem: Regression, found: Solution, which: Bool[np.ndarray, " S"],
 
 def refit(
     problem: Regression, found: Solution, weights: Float[np.ndarray, " n"], goal: Objective, resamples: Resamples,
-    free: int, name: str = "fit",
+    free: int, name: str = "fit", around: Float[np.ndarray, "1 P"] | None = None,
 ) -> tuple[Float[np.ndarray, "R P"], Bool[np.ndarray, " R"]]:  # fmt: skip
     """Each bootstrap draw's own optimum, NaN where none was found, and whether it sits on a bound.
 
     It is the better of the point fit's basin and a start of its own (`cold_starts`), or, for a law without these, of
     every local optimum that the point fit met; unless another draw's optimum suits it better still.
+    `around`: what wild and parametric draws are made of, where that is not the point fit.
     """
     theta = np.full((resamples.draws, len(problem.lower)), np.nan)
     boundary = np.zeros(resamples.draws, bool)
     others = _other_optima(found)
+    rng = np.random.default_rng([resamples.seed, 2])
+    centre = found.theta[:1] if around is None else around
     with progress(resamples.draws, f"{name}: bootstrap") as advance:
-        for part, counts, data in resamples.chunks(problem.model(found.theta[:1])[0], problem.data, free):
+        for part, counts, data in resamples.chunks(problem.model(centre)[0], problem.data, free):
             counts *= weights
             back = np.arange(len(counts))
             if data is None and resamples.groups < len(weights):  # a few clusters make few different draws
                 counts, back = np.unique(counts, axis=0, return_inverse=True)
                 back = back.reshape(-1)
             own = problem.cold_starts(counts) if data is None else None
+            data = problem.redrawn(data, len(counts), rng)
             rivals = others if own is None else [own]
             share = (part.stop - part.start) / (len(counts) * (1 + len(rivals)))  # of a draw that one lane is
             best = _Best(problem, counts, goal, data, lambda lanes, share=share: advance(lanes * share))

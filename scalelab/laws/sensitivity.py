@@ -17,6 +17,7 @@ from jaxtyping import Float
 from scalelab.errors import BadInput
 from scalelab.laws.intervals import curvature, summed
 from scalelab.laws.objective import HUBER, LOG_SQUARES, NAMED, SQUARES, Objective, with_scale
+from scalelab.laws.prior import noise
 from scalelab.laws.solver import minimise
 from scalelab.laws.target import target_of
 
@@ -46,8 +47,12 @@ def _scaled(fit: Fit, goal: Objective) -> Objective:
     """With its width from the fit's residuals, where it has none."""
     if goal.delta is not None or goal.kind == "squares":
         return goal
+    return with_scale(goal, _residual(fit, goal))
+
+
+def _residual(fit: Fit, goal: Objective) -> np.ndarray:
     fitted, data = fit.fittedvalues.to_numpy(), fit.observed
-    return with_scale(goal, np.log(fitted) - np.log(data) if goal.on == "log" else fitted - data)
+    return np.log(fitted) - np.log(data) if goal.on == "log" else fitted - data
 
 
 def refit_weighted(fit: Fit, rows: Rows, goal: Objective, weights: Float[np.ndarray, "S n"]) -> np.ndarray:
@@ -55,7 +60,10 @@ def refit_weighted(fit: Fit, rows: Rows, goal: Objective, weights: Float[np.ndar
     none was reached or too few different inputs are left."""
     law = fit.law
     try:
-        problem = law._regression(rows, fit.options.replace(objective=goal))
+        options = fit.options.replace(objective=goal)
+        if options.priors:
+            options = options.replace(noise=noise(goal, _residual(fit, goal), fit.rows.weights, fit.record["free"]))
+        problem = law._regression(rows, options)
         spread = problem.starts(weights[0], goal, STARTS)
     except BadInput:  # the target, or the law all over its search box, has no logarithm
         return np.full((len(weights), len(fit.names)), np.nan)

@@ -112,11 +112,11 @@ class Farseer(Law):
             options = options.replace(fixed={**options.fixed, "D0": float(unit)})
         return super().fit_rows(rows, options, bootstrap, about, near)
 
-    def _regression(self, rows, options):
+    def _constrained(self, rows, options):
         for name in (*options.fixed, *options.tied, *options.tied.values()):
             if name in self.parameters and name not in HELD:
                 raise BadInput("fixed or tied", name, f"only {', '.join(HELD)} can be in this law")
-        problem = super()._regression(rows, options)
+        problem = super()._constrained(rows, options)
         assert isinstance(problem, Constrained)
         assert isinstance(problem.base, BoxCox)
         problem.base.log_unit = float(np.log(options.fixed["D0"]))
