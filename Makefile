@@ -9,7 +9,7 @@ JOBS ?= 2
 
 NOTEBOOKS := $(shell grep -l "^. jupyter:" analysis/*.py)
 
-.PHONY: demo notebooks test test-fast lint format types clean
+.PHONY: demo notebooks test test-fast test-all lint format types clean
 
 # An IsoFLOP sweep of a Transformer on real text, the Chinchilla surface and the IsoFLOP optimum, report.html.
 demo: .venv/installed
@@ -22,10 +22,13 @@ notebooks: .venv/installed-dev
 	$(BIN)/jupyter execute --inplace $(NOTEBOOKS:.py=.ipynb)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not study"
 
 test-fast: .venv/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not study"
+
+test-all: .venv/installed-dev
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

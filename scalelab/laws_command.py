@@ -99,10 +99,12 @@ def plan(args: argparse.Namespace) -> None:
     flags.positive("--flops", args.flops)
     others, cost = flags.numbers("--with", args.others), flags.cost(args.cost)
     if args.target is None:
-        flags.refuse(args, ("out", "seed"), "goes with --target")
+        flags.refuse(args, ("out", "seed", "family"), "goes with --target")
     elif len(args.flops) > 1:
         raise BadInput("--flops", args.flops, "with --target: one budget, of all the next runs together")
-    if args.out is not None:
+    if args.out is None:
+        flags.refuse(args, ("family",), "goes with --out")
+    else:
         flags.suffix("--out", args.out, (".py",))
     with flags.translated(C="--flops", budget="--flops", target="--target", fit="--from", **{"fit file": "--from"}):
         found = laws.load(args.source)
@@ -121,7 +123,7 @@ def plan(args: argparse.Namespace) -> None:
         budget = float(args.flops[0])
         chosen = laws.plan(found, budget, args.target, _measured_by(found, cost), seed=args.seed or 0, **others)
         if args.out is not None:
-            _saved(chosen.to_config, args.out)
+            _saved(functools.partial(chosen.to_config, family=args.family), args.out)
     print(chosen.summary())
     if args.out is not None:
         tables.said(f"saved: {args.out}")

@@ -111,6 +111,8 @@ def add_plan(p: argparse.ArgumentParser) -> None:
     words = "with --from: the run to predict; --flops is then what all the next runs may cost together"
     p.add_argument("--target", type=float, metavar="FLOP", help=words)
     p.add_argument("--out", metavar="FILE", help="with --target: save the recommended runs as a config (.py)")
+    words = "with --out: of the runs (default: the one that the fitted runs name, else transformer)"
+    p.add_argument("--family", metavar="NAME", help=words)
     p.add_argument("--seed", type=int, metavar="N", help="with --target: of the simulations (default: 0)")
     _at_optimum(p)
 

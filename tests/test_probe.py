@@ -34,7 +34,7 @@ def test_negative_eigenvalues_track_parity_beyond_the_length_of_training(tmp_pat
     assert found["mamba"][0] < 0.65
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_who_solves_parity_beyond_the_length_of_training(tmp_path):
     families = "families=slstm:deltanet:gated_deltanet:deltanet_positive:mamba:transformer"
     found = accuracies(tmp_path, f"probe:task=parity,{families}", [20, 40, 80])
@@ -45,7 +45,7 @@ def test_who_solves_parity_beyond_the_length_of_training(tmp_path):
         assert found[family][1] < 0.65, family
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_hybrid_recalls_and_a_fixed_state_degrades_with_the_pairs(tmp_path):
     found = accuracies(tmp_path, "probe:task=recall,families=hybrid:mamba", [1, 4, 8])
     assert min(found["hybrid"]) > 0.98

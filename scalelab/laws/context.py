@@ -19,6 +19,8 @@ TRANSFERS = ("mup", "completep", "µp")  # parametrizations under which one lear
 KINDS = {
     "schedule": ("mixed-schedules", "the learning-rate schedule",
                  "fit each schedule by itself: the same run ends at another loss under another schedule."),
+    "family": ("mixed-families", "the architecture",
+               "fit each family by itself and compare (laws.compare), or share parameters (laws.fit_shared)."),
     "params_kind": ("mixed-N-kinds", "the way of counting N",
                     "count N one way in all rows; fit again under the other to see what it changes."),
 }  # fmt: skip
@@ -26,7 +28,7 @@ EVALS = ("eval_set", "tokenizer", "seq_len", "vocab_size")
 
 
 def findings(rows: Rows, law: Law) -> Iterator[Notice]:
-    """mixed-schedules, cut-cosine, untuned-lr, mixed-N-kinds, mixed-evals."""
+    """mixed-schedules, mixed-families, mixed-N-kinds, cut-cosine, untuned-lr, mixed-evals."""
     for role, (code, what, remedy) in KINDS.items():
         values = _labels(rows, role)
         if role not in (*law.needs, law.group) and len(values) > 1:

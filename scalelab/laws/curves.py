@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from scalelab.errors import BadInput
-from scalelab.laws.table import Table, _frame, _numbers
+from scalelab.laws.table import Table, _numbers, frame_of
 
 NODES = 96  # the most changes that a row's history is gathered into
 LONGEST = 1 << 20  # steps of a curve: what NODES are enough for
@@ -54,7 +54,7 @@ def curve_features(table: Table, columns: Mapping[str, str] | None = None, targe
     Raises `BadInput` for rates below 0, steps that are no counts, two rows of a curve at one step, curves of more than
     1,048,576 steps, and more than 262,144 rows wanted.
     """
-    frame = _frame(table)
+    frame = frame_of(table)
     names = {role: (columns or {}).get(role, role) for role in ("schedule", "step", "lr")}
     for role, column in names.items():
         if column not in frame:

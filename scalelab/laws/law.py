@@ -176,7 +176,8 @@ class Law:
         starts: int | None = None,
         drop: bool = False,
     ) -> Fit:
-        """Fit the law to a table of runs: a pandas DataFrame or a mapping of columns.
+        """Fit the law to a table of runs: a pandas DataFrame or what has `to_pandas`, a mapping of columns, or the
+        path of a .csv, .jsonl or .parquet file.
 
         Args:
           columns: role -> column, for tables that do not use RunRecord's names (params, tokens, loss, ...).

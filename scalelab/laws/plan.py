@@ -292,11 +292,14 @@ class Plan(Shown):
             raise BadInput("design", name, f"must be one of {', '.join(self.designs)}")
         return [{str(k): float(v) for k, v in row.items()} for row in self.designs[name].to_dict("records")]
 
-    def to_config(self, path: str | os.PathLike[str], design: str | None = None) -> pathlib.Path:
+    def to_config(
+        self, path: str | os.PathLike[str], design: str | None = None, family: str | None = None
+    ) -> pathlib.Path:
         """Write a config file of the design's runs for `scalelab plan --config` and `scalelab sweep --config`.
 
-        Transformers of the recipe, as the config `isoflop` has them. The recipe counts parameters without embeddings;
-        where the fitted table has them, N is translated by the ratio in the runs nearest in size.
+        Models of a family of the recipe, as the config `isoflop` has them: `family`, or the one that the fitted runs
+        name, or Transformers. The recipe counts parameters without embeddings; where the fitted table has them, N is
+        translated by the ratio in the runs nearest in size.
         """
         runs = self.runs(design)
         if not runs:
@@ -312,7 +315,12 @@ class Plan(Shown):
                 run["params_non_embedding"] *= float(np.exp(np.interp(np.log(run["params"]), x, y)))
         lines = "\n".join(f"    {run!r}," for run in runs)
         name = self.recommended if design is None else design
-        text = CONFIG.format(law=self.fit.law.name, name=name, target=self.target, budget=self.budget, runs=lines)
+        if family is None:
+            named = set(rows["family"]) if "family" in rows else set()
+            family = str(named.pop()) if len(named) == 1 else "transformer"
+        text = CONFIG.format(
+            law=self.fit.law.name, name=name, target=self.target, budget=self.budget, runs=lines, family=family
+        )
         return save(path, text)
 
     def plot(self, ax: Any = None) -> Any:
@@ -346,6 +354,7 @@ Argument: as in the config `transformer`.
 from scalelab import recipe
 from scalelab.config import load_file
 
+FAMILY = {family!r}
 RUNS = [
 {runs}
 ]
@@ -356,8 +365,10 @@ def get_config(arg=""):
 
 
 def sweep(arg=""):
+    others = recipe.defaults([FAMILY])
     for run in RUNS:
-        yield {{**recipe.sized("transformer", run["params_non_embedding"]), "train.steps": steps_for(run["tokens"])}}
+        shape = recipe.sized(FAMILY, run["params_non_embedding"])
+        yield {{**others, **shape, "train.steps": steps_for(run["tokens"])}}
 
 
 def steps_for(tokens):

@@ -8,7 +8,7 @@ import os
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,14 @@ LABELS = (
     "parametrization",
 )  # fmt: skip
 
-Table = pd.DataFrame | Mapping[str, Any]
+
+class Convertible(Protocol):
+    """A table of another library (polars, pyarrow, ...)."""
+
+    def to_pandas(self) -> pd.DataFrame: ...
+
+
+Table = pd.DataFrame | Mapping[str, Any] | Convertible | str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +159,7 @@ def prepare(
     be positive. A row equal to an earlier one in every input, target, seed and schedule is counted once, with a
     notice. `cluster="auto"`: the column `run`, or `id`, where two rows share a value.
     """
-    frame = _frame(table)
+    frame = frame_of(table)
     own = (*inputs, target)
     source = _sources(frame, columns or {}, own)
     notices: list[Notice] = []
@@ -276,7 +283,7 @@ def inputs_of(
     ranges: Mapping[str, tuple[float, float]] = types.MappingProxyType({}),
 ) -> tuple[dict[str, np.ndarray], pd.Index]:
     """The named roles of a table at which to evaluate a law: finite, in range, positive unless they may be 0."""
-    frame = _frame(table)
+    frame = frame_of(table)
     source = _sources(frame, {k: v for k, v in columns.items() if v in frame}, roles)
     values = {}
     for role in roles:
@@ -307,9 +314,13 @@ def _labels(frame: pd.DataFrame, column: str, keep: np.ndarray) -> tuple[np.ndar
     return np.searchsorted(labels, text).astype(float), labels
 
 
-def _frame(table: Table) -> pd.DataFrame:
+def frame_of(table: Table) -> pd.DataFrame:
     if isinstance(table, pd.DataFrame):
         frame = table
+    elif isinstance(table, str | os.PathLike):
+        return read_table(table)
+    elif hasattr(table, "to_pandas"):  # polars, pyarrow and others
+        frame = table.to_pandas()
     elif isinstance(table, Mapping):
         arrays = {name: np.atleast_1d(np.asarray(values)) for name, values in table.items()}
         lengths = {name: len(a) for name, a in arrays.items()}
@@ -317,7 +328,7 @@ def _frame(table: Table) -> pd.DataFrame:
             raise BadInput("table", lengths, "columns must have one length")
         frame = pd.DataFrame(arrays)
     else:
-        raise BadInput("table", type(table).__name__, "must be a pandas DataFrame or a mapping of columns")
+        raise BadInput("table", type(table).__name__, "must be a DataFrame, a mapping of columns, or a file's path")
     if frame.empty:
         raise BadInput("table", f"{len(frame)} rows", "has nothing to fit")
     return frame

@@ -473,6 +473,13 @@ def test_mixed_and_cut_schedules():
     assert found["mixed-schedules"].numbers["values"] == ["constant", "cosine"]
 
 
+def test_families_in_one_law():
+    table = clean()
+    assert "mixed-families" not in codes(fit(table.assign(family="moe")))
+    table["family"] = np.where(np.arange(len(table)) % 2, "moe", "mamba2")
+    assert codes(fit(table))["mixed-families"].numbers["values"] == ["mamba2", "moe"]
+
+
 def test_one_learning_rate_for_all_sizes():
     table = clean().drop(columns="parametrization")
     assert codes(fit(table))["untuned-lr"].numbers["kind"] == "constant"

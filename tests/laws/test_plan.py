@@ -158,8 +158,12 @@ def test_the_config_of_a_plan_can_be_planned(tmp_path):
     """Small runs, for which the file's own sweep is expanded as `scalelab plan` does."""
     from scalelab import sweep as sweeps
 
-    small = laws.fit("chinchilla", sweep((1e13, 1e14, 1e15), 5, 0.003, 2), bootstrap=100)
+    table = sweep((1e13, 1e14, 1e15), 5, 0.003, 2)
+    small = laws.fit("chinchilla", table, bootstrap=100)
     result = plan(small, 4e14, 1e16, n=100)
+    result.fit.rows.columns["family"] = np.full(len(table), "gla")
+    assert "FAMILY = 'gla'" in result.to_config(tmp_path / "own.py").read_text()
+    del result.fit.rows.columns["family"]
     path = result.to_config(tmp_path / "next_runs.py", "ladder of 2")
     expanded = sweeps.expand(str(path), {})
     wanted = result.runs("ladder of 2")
@@ -170,6 +174,8 @@ def test_the_config_of_a_plan_can_be_planned(tmp_path):
         assert run.params_non_embedding == pytest.approx(
             0.8 * want["params"], rel=0.35
         )  # the recipe's widths are steps
+    recurrent = sweeps.expand(str(result.to_config(tmp_path / "mamba2.py", "ladder of 2", "mamba2")), {})
+    assert {run.spec.config.family for run in recurrent.runs} == {"mamba2"}
     with pytest.raises(BadInput, match="has no runs"):
         result.to_config(tmp_path / "none.py", "no new runs")
     with pytest.raises(BadInput, match="must be one of"):

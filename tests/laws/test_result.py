@@ -27,6 +27,21 @@ def test_read_table(tmp_path, suffix):
     assert read.id.tolist() == table.id.tolist()
 
 
+def test_a_fit_takes_what_holds_a_table(tmp_path):
+    """Files, dicts of arrays and tables of other libraries, in fits and predictions."""
+    table = sweep(noise=0.003)
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    arrow = pytest.importorskip("pyarrow").Table.from_pandas(table)
+    want = laws.fit("chinchilla", table, bootstrap=0)
+    for other in (tmp_path / "runs.csv", str(tmp_path / "runs.csv"), arrow, table.to_dict("list")):
+        fit = laws.fit("chinchilla", other, bootstrap=0)
+        np.testing.assert_allclose(fit.params, want.params, rtol=1e-9)
+        np.testing.assert_allclose(fit.predict(other), want.fittedvalues, rtol=1e-9)
+    assert laws.isoflop(arrow, bootstrap=0).params.equals(laws.isoflop(table, bootstrap=0).params)
+    with pytest.raises(BadInput, match="must be a DataFrame, a mapping of columns, or a file's path"):
+        laws.fit("chinchilla", [1, 2, 3])
+
+
 def test_unreadable_tables(tmp_path):
     with pytest.raises(BadInput, match="no such file"):
         laws.read_table(tmp_path / "none.csv")

@@ -19,7 +19,7 @@ from scalelab.laws.jet import Jet, value_of
 from scalelab.laws.law import Law
 from scalelab.laws.parameter import free, positive
 from scalelab.laws.regression import FormRegression, Regression
-from scalelab.laws.table import Table
+from scalelab.laws.table import Table, frame_of
 
 ELEMENTS = 1 << 17  # parameter vectors x rows x nodes in memory at once
 SEARCHED = 48  # rows on which starting points are sought
@@ -38,6 +38,7 @@ class CurveLaw(Law):
         return "schedule", "step", "lr"
 
     def table_of(self, table: Table, columns: Mapping[str, str], fitting: bool = False) -> Table:
+        table = frame_of(table)
         if LR_SUM in table:  # prepared by `curve_features`
             return table
         features = curve_features(table, columns, self.target if fitting else None)
