@@ -319,14 +319,14 @@ def frame_of(table: Table) -> pd.DataFrame:
         frame = table
     elif isinstance(table, str | os.PathLike):
         return read_table(table)
-    elif hasattr(table, "to_pandas"):  # polars, pyarrow and others
-        frame = table.to_pandas()
     elif isinstance(table, Mapping):
         arrays = {name: np.atleast_1d(np.asarray(values)) for name, values in table.items()}
         lengths = {name: len(a) for name, a in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise BadInput("table", lengths, "columns must have one length")
         frame = pd.DataFrame(arrays)
+    elif hasattr(table, "to_pandas"):  # polars, pyarrow and others
+        frame = table.to_pandas()
     else:
         raise BadInput("table", type(table).__name__, "must be a DataFrame, a mapping of columns, or a file's path")
     if frame.empty:
