@@ -43,8 +43,12 @@ def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
     for seed in (0, 1):
         done = scalelab("train", *arguments(corpus, train__steps=2, seed=seed), cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr
-        programs = sorted(path.name for path in (tmp_path / "cache" / "scalelab" / "xla").glob("*-cache"))
+        kept = {path.name for path in (tmp_path / "cache" / "scalelab" / "xla").glob("*-cache")}
         if seed == 0:
-            first = programs
-    assert any("step" in name for name in first)
-    assert programs == first  # another seed compiles nothing new
+            first = kept
+    assert first <= kept  # small programs are kept where compiling them happened to take long
+
+    def steps(names):
+        return [name for name in names if "step" in name]
+
+    assert len(steps(first)) == len(steps(kept)) == 1  # another seed compiles nothing new

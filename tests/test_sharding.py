@@ -57,7 +57,7 @@ def test_eight_devices_give_the_run_of_one(tmp_path, parts):
 
 def test_a_batch_that_eight_devices_cannot_share(tmp_path):
     corpus = small_corpus(tmp_path / "corpus")
-    env = {**environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = {**environment(), "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-c", RUN, str(corpus), str(tmp_path / "runs"), json.dumps({"data__batch_size": 12})]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert "config.data.batch_size = 12" in done.stderr

@@ -71,10 +71,11 @@ def test_a_finished_run_is_not_trained_again(reference, corpus):
 def test_sigterm_saves_and_the_same_call_resumes(reference, corpus, tmp_path, every):
     spec = tiny_spec(corpus, checkpoint__every=every)
     terminate = At(17, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(train.Stopped, match="of 40; the same command resumes it"):
         train.run(spec, tmp_path, [terminate])
     assert records.read(tmp_path / spec.id) is None
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is handler
     record = train.run(spec, tmp_path)
     assert record.attempts == 2
     assert_same_run(tmp_path / spec.id, reference[0] / reference[1].id)

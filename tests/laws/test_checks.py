@@ -323,6 +323,7 @@ def test_clean_sweeps_raise_no_alarm(budgets, sizes, options):
     assert found == []
 
 
+@pytest.mark.study
 @pytest.mark.slow
 def test_the_rate_of_false_alarms():
     alarms = 0

@@ -199,7 +199,7 @@ def test_a_law_in_compute_has_all_of_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [None, "log-squares"])
+@pytest.mark.parametrize("objective", [pytest.param(None, marks=pytest.mark.study), "log-squares"])
 def test_coverage_of_the_profile(objective):
     hits = []
     for seed in range(150):

@@ -142,8 +142,8 @@ def test_sharing_what_is_shared_passes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["huber", "log-squares"])
-@pytest.mark.parametrize("noise", ["normal", "t3"])
+@pytest.mark.parametrize("objective", [pytest.param("huber", marks=pytest.mark.study), "log-squares"])
+@pytest.mark.parametrize("noise", ["normal", pytest.param("t3", marks=pytest.mark.study)])
 def test_false_alarms_of_the_sharing_test(objective, noise):
     """Planted nulls, 15 runs an arm: the nominal 5 % test rejects at most 5 % + 2.5 binomial errors."""
     worlds, alarms = 100, 0

@@ -11,7 +11,10 @@ from family import FAMILY, PIECEWISE, V
 from scalelab import flops, models
 from scalelab.parametrization import ROLES
 
-each = pytest.mark.parametrize("name", FAMILY)
+# What others hold together is left out of the fast tests.
+COMPOSED = ("xlstm_paper", "moe_capacity", "gla_conv", "delta_hybrid", "lightning_hybrid")
+NAMES = {name: pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED else name for name in FAMILY}
+each = pytest.mark.parametrize("name", NAMES.values())
 
 
 @functools.cache
@@ -124,7 +127,7 @@ def test_remat_vmap_and_bfloat16(name):
     assert all(a.dtype == jnp.float32 and jnp.isfinite(a).all() for a in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILY if name not in PIECEWISE])
+@pytest.mark.parametrize("name", [NAMES[name] for name in FAMILY if name not in PIECEWISE])
 def test_gradient_by_finite_differences(name):
     graphdef, params = built(name)
     loss = jax.jit(loss_of(graphdef, tokens(3, 12)))

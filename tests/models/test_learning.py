@@ -7,8 +7,12 @@ from scalelab import data, recipe, records, sweep, train
 from scalelab.config import base, finish
 
 
+IN_CI = ("transformer", "xlstm", "deltanet")
+EACH = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.study) for name in recipe.FAMILIES]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", recipe.FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_a_family_learns_more_than_how_often_each_byte_occurs(family, tmp_path):
     changes = {
         **recipe.sized(family, 2e4), "model.compute_dtype": "float32", "data.seq_len": 64, "data.batch_size": 8,

@@ -39,7 +39,7 @@ print("equal", len(re.findall(r" all-reduce(?:-start)?\\(", program)))
 
 
 def test_eight_devices_equal_one_and_move_no_activations():
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
