@@ -123,6 +123,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
 
 
+def with_devices(count: int) -> dict[str, str]:
+    """For a process with so many CPU devices. NPROC sizes XLA's thread pool: a collective holds a thread of each
+    device, and two that run at once on as many threads as there are devices wait for each other for ever."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return {**environment(), "XLA_FLAGS": flags, "NPROC": str(8 * count)}
+
+
 def read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -1,13 +1,12 @@
 """Eight devices: the same run. In processes of their own, since devices are fixed once JAX has started."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import environment, small_corpus
+from tests.helpers import environment, small_corpus, with_devices
 
 RUN = """
 import json, sys
@@ -39,7 +38,7 @@ def result(process: subprocess.CompletedProcess) -> list:
 
 
 def run(corpus, root, devices: int, **changes) -> list:
-    env = {**environment(), "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
+    env = with_devices(devices)
     command = [sys.executable, "-c", RUN, str(corpus), str(root), json.dumps(changes)]
     return result(subprocess.run(command, env=env, capture_output=True, text=True, timeout=300))
 
@@ -57,7 +56,7 @@ def test_eight_devices_give_the_run_of_one(tmp_path, parts):
 
 def test_a_batch_that_eight_devices_cannot_share(tmp_path):
     corpus = small_corpus(tmp_path / "corpus")
-    env = {**environment(), "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
+    env = with_devices(8)
     command = [sys.executable, "-c", RUN, str(corpus), str(tmp_path / "runs"), json.dumps({"data__batch_size": 12})]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert "config.data.batch_size = 12" in done.stderr

@@ -6,7 +6,6 @@ import pytest
 from scalelab import data, recipe, records, sweep, train
 from scalelab.config import base, finish
 
-
 IN_CI = ("transformer", "xlstm", "deltanet")
 EACH = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.study) for name in recipe.FAMILIES]
 

@@ -17,7 +17,7 @@ from scalelab import data, models, records, sharding, train
 from scalelab.errors import BadInput
 from scalelab.models.moe import MoE, within_capacity
 from scalelab.models.registry import resolve
-from tests.helpers import assert_same_run, final_params, small_corpus, tiny_config, tiny_spec
+from tests.helpers import assert_same_run, final_params, small_corpus, tiny_config, tiny_spec, with_devices
 
 
 def close(a, b, tolerance=2e-5):
@@ -366,9 +366,9 @@ print("equal")
 
 @pytest.mark.slow
 def test_eight_devices_and_accumulation_change_nothing_of_the_global_balance():
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=with_devices(8), capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("equal")
 

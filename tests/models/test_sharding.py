@@ -1,9 +1,10 @@
 """The same loss and gradient on eight devices as on one, in a process of its own (the device count is fixed at
 import)."""
 
-import os
 import subprocess
 import sys
+
+from tests.helpers import with_devices
 
 PROGRAM = """
 import re
@@ -39,8 +40,8 @@ print("equal", len(re.findall(r" all-reduce(?:-start)?\\(", program)))
 
 
 def test_eight_devices_equal_one_and_move_no_activations():
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=with_devices(8), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("equal")
