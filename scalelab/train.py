@@ -30,7 +30,9 @@ from scalelab.checkpoint import Checkpoints
 from scalelab.config import RunSpec, validate
 from scalelab.errors import BadInput
 from scalelab.evaluate import Evaluator
-from scalelab.host import git_state, peak_flops, peak_memory, stop_signal, use_compilation_cache, utc, versions
+from scalelab.host import (
+    git_state, keep_freed_memory, peak_flops, peak_memory, stop_signal, use_compilation_cache, utc, versions,
+)  # fmt: skip
 from scalelab.paths import remove_leftovers, write_atomically
 from scalelab.records import RunRecord
 from scalelab.schema import Config
@@ -189,6 +191,7 @@ def run(spec: RunSpec, runs: str | os.PathLike[str] | None = None, sinks: Sequen
         )
     validate(spec.config)
     use_compilation_cache()
+    keep_freed_memory()
     corpus = data.open(spec.config.data)
     content = start.content(spec.config, corpus)
     if content != dict(spec.content):

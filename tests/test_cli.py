@@ -150,6 +150,7 @@ def test_a_sweep_from_plan_to_report(tmp_path, corpus):
     assert len(sample.stdout) > len("the loss") + 1
 
 
+@pytest.mark.slow
 def test_one_failing_run_does_not_stop_the_rest(tmp_path, corpus):
     from tests.helpers import tiny_spec
 

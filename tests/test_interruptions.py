@@ -38,6 +38,7 @@ def until(process, condition, timeout: float = 60) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment(reference, tmp_path):
     """Several kills, at steps drawn afresh each time the test runs and in the middle of a checkpoint being written."""
     command, expected = reference
@@ -153,6 +154,7 @@ def test_a_truncated_checkpoint_costs_steps_not_the_run(reference, tmp_path):
     assert_same_run(folder, expected)
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_exits_75_and_its_runs_resume(corpus, tmp_path):
     command = ["sweep", *arguments(corpus, **STEPS), "--runs=swept"]
     folder = tmp_path / "swept" / tiny_spec(corpus, **STEPS).id

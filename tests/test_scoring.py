@@ -202,9 +202,9 @@ def test_at_the_context_of_training_it_is_the_loss_of_the_record(run):
     _, folder = run
     before = records.read(folder)
     found = scoring.score(folder, scoring.plan([], [], []))
-    assert found["text@16"]["loss"] == pytest.approx(before.loss, rel=1e-6)
-    assert found["text@16"]["loss_se"] == pytest.approx(before.loss_se, rel=1e-6)
-    assert found["text@16"]["bpb"] == pytest.approx(before.bpb, rel=1e-6)
+    assert found["text@16"]["loss"] == pytest.approx(before.loss, rel=1e-5)
+    assert found["text@16"]["loss_se"] == pytest.approx(before.loss_se, rel=1e-5)
+    assert found["text@16"]["bpb"] == pytest.approx(before.bpb, rel=1e-5)
 
 
 def test_the_record_holds_each_evaluation_once(run, tmp_path):
