@@ -31,8 +31,15 @@ from scalelab.config import RunSpec, validate
 from scalelab.errors import BadInput
 from scalelab.evaluate import Evaluator
 from scalelab.host import (
-    git_state, keep_freed_memory, peak_flops, peak_memory, stop_signal, use_compilation_cache, utc, versions,
-)  # fmt: skip
+    git_state,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory,
+    stop_signal,
+    use_compilation_cache,
+    utc,
+    versions,
+)
 from scalelab.paths import remove_leftovers, write_atomically
 from scalelab.records import RunRecord
 from scalelab.schema import Config

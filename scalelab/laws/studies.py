@@ -341,9 +341,12 @@ def _of_bootstrap(fit: Fit) -> Iterator[Notice]:
         return
     # of exponents and the like, in the solver's coordinates, which a form may choose as it likes
     plain = [i for i, n in enumerate(free_names(fit)) if not fit.law.parameters[n].sign]
+    names = [free_names(fit)[i] for i in plain]
     error = np.sqrt(np.diag(curvature(fit).covariance()))[plain]
     width = np.subtract(*np.quantile(fit.solved[0].internal(good)[:, plain], [0.975, 0.025], axis=0)) / (2 * 1.96)
-    if (width < 0.2 * error).any():
+    # where the rows hardly determine a parameter its curvature knows nothing of how far it can go
+    known = error < 0.5 * np.array([np.ptp(fit.law.parameters[name].search) for name in names])
+    if (known & (width < 0.2 * error)).any():
         yield Notice(
             "bootstrap-degenerate",
             "warning",
