@@ -1,9 +1,12 @@
 """The process around a run."""
 
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
+
+import pytest
 
 from tests.helpers import arguments, environment, scalelab, small_corpus
 
@@ -52,3 +55,30 @@ def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
         return [name for name in names if "step" in name]
 
     assert len(steps(first)) == len(steps(kept)) == 1  # another seed compiles nothing new
+
+
+FAULTS = """
+import resource
+import numpy as np
+from scalelab import host
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        held = [np.ones(1 << 18) for _ in range(16)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+host.keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_not_fetched_again():
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=environment(), capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after < 0.01 * before
