@@ -27,7 +27,7 @@ from scalelab.plots import (
 if TYPE_CHECKING:
     from scalelab.laws import Fit, Plan, Ranking
     from scalelab.laws.calibrate import Calibration
-    from scalelab.laws.intervals import Profile
+    from scalelab.laws.profiles import Plane, Profile
     from scalelab.laws.table import Table
 
 SHADE = 0.18
@@ -61,6 +61,31 @@ def profile(found: Profile, fit: Fit, ax: Axes | None = None) -> Axes:
         human_log(ax, "x")
     ax.set(xlabel=found.name, ylabel="2 ΔV / scale", ylim=(-0.25 * quantile**2, 2.5 * quantile**2))
     _title(ax, *lines)
+    return ax
+
+
+def plane(found: Plane, fit: Fit, ax: Axes | None = None) -> Axes:
+    """The joint region of two parameters by the objective's profile, over the bootstrap's draws."""
+    ax = new_axes(ax)
+    x, y, t2 = found.grid()
+    names = [fit.names.index(name) for name in found.names]
+    drawn = fit.samples[:, names]
+    drawn = drawn[np.isfinite(drawn).all(1)]
+    half, whole = found.threshold(0.5), found.threshold(found.level)
+    inside = t2 <= 2.5 * whole
+    left, right = x[inside.any(0)][[0, -1]]
+    low, high = y[inside.any(1)][[0, -1]]
+    ax.contourf(x, y, t2, levels=[0, half, whole], colors=[COLOURS[0]] * 2, alpha=SHADE)
+    ax.contour(x, y, t2, levels=[half, whole], colors=[COLOURS[0]], linewidths=[0.9, 1.4])
+    ax.plot(drawn[:, 0], drawn[:, 1], ".", color=COLOURS[1], markersize=2, alpha=0.5, zorder=1)
+    ax.plot(*fit.estimate[names], marker="*", color="black", markersize=9)
+    for axis, name, ends in (("x", found.names[0], (left, right)), ("y", found.names[1], (low, high))):
+        if fit.law.parameters[name].sign and ends[1] > 4 * ends[0] > 0:
+            getattr(ax, f"set_{axis}scale")("log")
+            human_log(ax, axis)
+    ax.set(xlabel=found.names[0], ylabel=found.names[1], xlim=(left, right), ylim=(low, high))
+    lines = [f"profile regions, 50 and {100 * found.level:g} %" + (", cut by the grid" if found.cut else "")]
+    _title(ax, *lines, *(["dots: bootstrap draws"] if len(drawn) else []))
     return ax
 
 

@@ -128,6 +128,17 @@ def test_profile_shows_both_intervals(world):
     assert "bootstrap" not in point.plot.profile("alpha").get_title()
 
 
+def test_plane_shows_the_regions_over_the_draws(world):
+    ax = world.fit.plot.plane("alpha", "beta")
+    found = world.fit.plane("alpha", "beta")
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), world.fit.draws[["alpha", "beta"]])
+    np.testing.assert_allclose(ax.lines[1].get_xydata(), [world.fit.params[["alpha", "beta"]]])
+    levels = [found.threshold(0.5), found.threshold(0.95)]
+    np.testing.assert_allclose(next(c.levels for c in ax.collections if len(c.levels) == 2), levels)
+    assert ax.get_xlabel() == "alpha"
+    assert "50 and 95 %" in ax.get_title()
+
+
 def test_sensitivity_shows_every_choice(world):
     table = world.fit.sensitivity()
     column = next(c for c in table if c.startswith("D/N at"))

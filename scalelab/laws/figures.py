@@ -53,6 +53,12 @@ class Plot:
 
         return study_plots.profile(self._fit.profile(name, level), self._fit, ax)
 
+    def plane(self, first: str, second: str, level: float = 0.95, ax: Any = None) -> Any:
+        """The joint region of two parameters, over the bootstrap's draws."""
+        from scalelab import study_plots
+
+        return study_plots.plane(self._fit.plane(first, second, level), self._fit, ax)
+
     def sensitivity(self, C: float | None = None, ax: Any = None) -> Any:
         """D/N* (or the target) under other objectives, rows dropped and kinds of N."""
         from scalelab import study_plots

@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from scalelab.errors import BadInput
-from scalelab.laws import calibrate, card, checks, diagnose, intervals, sensitivity, validate
+from scalelab.laws import calibrate, card, checks, diagnose, intervals, profiles, sensitivity, validate
 from scalelab.laws.allocate import Cost
 from scalelab.laws.figures import Plot
 from scalelab.laws.notices import Notice
@@ -25,9 +25,9 @@ from scalelab.laws.table import Rows, Table, inputs_of
 
 if TYPE_CHECKING:
     from scalelab.laws.calibrate import Calibration
-    from scalelab.laws.intervals import Profile
     from scalelab.laws.law import Law
     from scalelab.laws.posterior import Posterior
+    from scalelab.laws.profiles import Plane, Profile
     from scalelab.laws.regression import Regression
     from scalelab.laws.validate import Expanding, Holdout
 
@@ -260,7 +260,14 @@ class Fit(Result):
 
         Raises `BadInput` where the fit has not converged, or the law's solver cannot hold that parameter.
         """
-        return intervals.profile(self, name, level)
+        return profiles.profile(self, name, level)
+
+    def plane(self, first: str, second: str, level: float = 0.95) -> Plane:
+        """The objective minimised over all but two parameters, on a grid of these, and their joint region; see `Plane`.
+
+        Raises `BadInput` as `profile` does.
+        """
+        return profiles.plane(self, first, second, level)
 
     @functools.cached_property
     def standard_errors(self) -> pd.Series:

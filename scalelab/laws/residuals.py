@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from scalelab.laws.intervals import curvature, groups, student_quantile
+from scalelab.laws.intervals import curvature, groups
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import robust_scale
+from scalelab.laws.profiles import student_quantile
 from scalelab.laws.validate import budgets
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from jaxtyping import Float
 
 from scalelab.laws import residuals
 from scalelab.laws.checks import free_names
-from scalelab.laws.intervals import curvature, refits, student_quantile
+from scalelab.laws.intervals import curvature, refits
 from scalelab.laws.notices import Notice, name_rows
 from scalelab.laws.objective import LOG_SQUARES, SQUARES, Objective
+from scalelab.laws.profiles import student_quantile
 from scalelab.laws.sensitivity import _scaled, refit_weighted, trim_drift
 from scalelab.laws.target import Target, target_of
 

@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted import TRUTH, sweep
+from scipy import stats
 
 from scalelab import laws
 from scalelab.errors import BadInput
-from scalelab.laws import intervals
-from scalelab.laws.intervals import Pinned, curvature, own_coordinate, student_quantile
+from scalelab.laws.intervals import curvature, own_coordinate
+from scalelab.laws.profiles import Pinned, student_quantile
 
 
 def table(noise=0.004, seed=0):
@@ -133,6 +134,52 @@ def test_profile_of_a_linear_law_is_student_s_interval():
     assert fit.params.m - found.lower == pytest.approx(half, rel=0.05)
 
 
+def test_the_plane_of_a_line_is_the_classic_ellipse():
+    """Least squares with constant noise: t2 is the squared distance in the parameters' covariance, everywhere."""
+    rng = np.random.default_rng(1)
+    x = np.linspace(1, 3, 40)
+    runs = pd.DataFrame({"params": x, "loss": 5 + 2 * x + 0.1 * rng.standard_normal(40)})
+    straight = laws.define("line", lambda p, x: p.a + p.b * x.params, inputs=("params",), objective="squares",
+                           a=laws.free(0, 10, linear=True), b=laws.free(0, 10, linear=True))  # fmt: skip
+    fit = straight.fit(runs, bootstrap=0)
+    found = fit.plane("a", "b", level=0.9)
+    X = np.column_stack([np.ones(40), x])
+    variance = ((runs.loss - X @ fit.params) ** 2).sum() / 38
+    away = found.table[["a", "b"]].to_numpy() - fit.params.to_numpy()
+    expected = np.einsum("ip,pq,iq->i", away, X.T @ X / variance, away)
+    np.testing.assert_allclose(found.table.t2, expected, rtol=0.1, atol=1e-6)
+    ratio = (found.table.t2 / expected)[expected > 1e-6]
+    np.testing.assert_allclose(ratio, ratio.iloc[0], rtol=1e-6)
+    assert not found.cut
+    assert found.threshold(0.9) == pytest.approx(2 * stats.f.ppf(0.9, 2, 38), rel=1e-9)
+
+
+def test_the_plane_is_the_constrained_fit():
+    fit = laws.fit("chinchilla", table(), bootstrap=200)
+    found = fit.plane("alpha", "E")
+    inside = found.table[found.table.t2 < found.threshold(0.95)]
+    assert len(inside) > 50
+    for row in inside.iloc[:: len(inside) // 5].itertuples():
+        held = laws.fit("chinchilla", table(), bootstrap=0, fixed={"alpha": row.alpha, "E": row.E})
+        assert row.objective == pytest.approx(held.record["value"], rel=1e-6)
+    x, y, t2 = found.grid()
+    best = np.unravel_index(t2.argmin(), t2.shape)
+    assert x[best[1]] == pytest.approx(fit.params.alpha)
+    assert y[best[0]] == pytest.approx(fit.params.E)
+    outside = [(n, found.table[n].min(), found.table[n].max()) for n in ("alpha", "E")]
+    for name, low, high in outside:  # the joint region is wider than either profile
+        own = fit.profile(name)
+        assert low < own.lower < own.upper < high
+        assert inside[name].min() < own.lower * 1.01
+    cases = [({"first": "E", "second": "E"}, "another"), ({"first": "E", "second": "F"}, "must be one of")]
+    for names, says in cases:
+        with pytest.raises(BadInput, match=says):
+            fit.plane(**names)
+    tied = laws.fit("chinchilla", table(), bootstrap=0, tied={"beta": "alpha"})
+    with pytest.raises(BadInput, match="tied"):
+        tied.plane("alpha", "beta")
+
+
 def test_profile_of_fixed_and_tied_parameters():
     fit = laws.fit("chinchilla", table(), bootstrap=100, tied={"beta": "alpha"}, fixed={"E": 1.7})
     alpha, beta = fit.profile("alpha"), fit.profile("beta")
@@ -160,7 +207,7 @@ def test_pinned_lanes_keep_their_value():
     fit = laws.fit("chinchilla", table(), bootstrap=0)
     problem, theta = fit.solved
     row, constant, pivot = own_coordinate(fit, "A")
-    pinned = Pinned(problem, row, pivot)
+    pinned = Pinned(problem, row[None], [pivot])
     free = np.random.default_rng(0).normal(size=(4, 5))
     np.testing.assert_allclose(pinned.theta(free) @ row, free[:, pivot])
     at = theta.copy()
@@ -204,7 +251,7 @@ def test_coverage_of_the_profile(objective):
     hits = []
     for seed in range(150):
         fit = laws.fit("chinchilla", table(0.005, seed), bootstrap=0, objective=objective)
-        found = {n: intervals.profile(fit, n) for n in TRUTH}
+        found = {n: fit.profile(n) for n in TRUTH}
         hits.append([found[n].lower <= TRUTH[n] <= found[n].upper for n in TRUTH])
     coverage = np.mean(hits, axis=0)
     print(dict(zip(TRUTH, coverage.round(3), strict=True)))
