@@ -62,7 +62,8 @@ def use_compilation_cache() -> None:
 
 def keep_freed_memory() -> None:
     """On Linux with glibc, memory that a step has freed stays with the process for the next one. Otherwise it goes back
-    to the kernel and is fetched anew, page by page, which is a third of the time of a small model's step on a CPU."""
+    to the kernel and is fetched anew, page by page: on a CPU up to half of a small model's step (DeltaNet, 20k
+    parameters: 14 against 7 ms), or nothing, by the sizes of its arrays."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: the most it takes; below, arrays come from the heap

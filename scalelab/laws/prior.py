@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from scalelab.errors import BadInput
 from scalelab.laws.objective import Objective, mean_bend
-from scalelab.laws.regression import Regression
+from scalelab.laws.regression import Regression, is_own
 
 if TYPE_CHECKING:
     from scalelab.laws.law import Law
@@ -65,10 +65,7 @@ class Informed(Regression):
             if not row.any():
                 raise BadInput("priors", name, "is held fixed")
             spec = law.parameters[name]
-            probe = base.lower.clip(-1, 1) + np.linspace(0.1, 0.2, len(base.lower))
-            with np.errstate(all="ignore"):
-                own = spec.to_u(base.natural(probe[None])[0, names.index(name)])
-            if not np.isclose(own, row @ probe + constant, rtol=1e-6, atol=1e-9):
+            if not is_own(base, spec, names.index(name), row, constant, base.lower.clip(-1, 1)):
                 raise BadInput("priors", name, f"{law.name} is fitted in coordinates in which it can have none")
             places.append((row, constant))
             specs.append(spec)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scalelab.errors import BadInput
 from scalelab.laws.intervals import curvature, own_coordinate
 from scalelab.laws.parameter import HUGE
-from scalelab.laws.regression import Regression
+from scalelab.laws.regression import Regression, is_own
 from scalelab.laws.solver import minimise
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ def student_quantile(level: float, freedom: int) -> float:
     density = np.cos(phi) ** (freedom - 1)
     mass = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
     return float(np.sqrt(freedom) * np.tan(np.interp(level, mass / mass[-1], phi)))
+
+
+def joint_quantile(level: float, freedom: int) -> float:
+    """Of the squared distance of two parameters: twice the quantile of F with 2 and `freedom` degrees of freedom."""
+    return freedom * ((1 - level) ** (-2 / freedom) - 1)
 
 
 class Pinned(Regression):
@@ -151,9 +156,7 @@ def _held(fit: Fit, name: str) -> tuple[Float[np.ndarray, " P"], float, int]:
         raise BadInput("profile", name, "the fit has not converged: there is no optimum to measure from")
     problem, theta = fit.solved
     row, constant, pivot = own_coordinate(fit, name)
-    moved = theta + np.linspace(0.01, 0.02, len(theta))
-    own = fit.law.parameters[name].to_u(problem.natural(moved[None])[0, fit.names.index(name)])
-    if not np.isclose(own, row @ moved + constant, rtol=1e-6, atol=1e-9):
+    if not is_own(problem, fit.law.parameters[name], fit.names.index(name), row, constant, theta):
         remedy = f"{fit.law.name} is fitted in coordinates in which it cannot be held: no profile"
         raise BadInput("parameter", name, remedy)
     return row, constant, pivot
@@ -220,8 +223,8 @@ class Plane:
     table: pd.DataFrame
 
     def threshold(self, level: float) -> float:
-        """Of t2: twice the quantile of F with 2 and `freedom` degrees of freedom."""
-        return self.freedom * ((1 - level) ** (-2 / self.freedom) - 1)
+        """Of t2, at any level."""
+        return joint_quantile(level, self.freedom)
 
     def grid(self) -> tuple[np.ndarray, np.ndarray, Float[np.ndarray, "n m"]]:
         """Values of the first and of the second parameter, and t2 [second, first]."""
@@ -246,7 +249,7 @@ def plane(fit: Fit, first: str, second: str, level: float = 0.95) -> Plane:
     step, centre, lowest = np.sqrt(np.diag(covariance)), rows @ theta, float(fit.record["value"])
     ridge = shape.inverse @ rows.T @ np.linalg.pinv(rows @ shape.inverse @ rows.T)
     pinned = Pinned(problem, rows, list(pivots))
-    threshold = shape.freedom * ((1 - level) ** (-2 / shape.freedom) - 1)
+    threshold = joint_quantile(level, shape.freedom)
 
     reach = np.full((2, 2), REACH)  # of each parameter to either side
     for _ in range(FURTHER):

@@ -338,6 +338,18 @@ class Constrained(Regression):
         return None if own is None else own[:, self.keep]
 
 
+def is_own(
+    problem: Regression, spec: Any, i: int, row: Float[np.ndarray, " P"], constant: float,
+    near: Float[np.ndarray, " P"],
+) -> bool:  # fmt: skip
+    """Whether parameter i is what `own` says, tried near some theta: a law may be fitted in coordinates in which it is
+    no straight line."""
+    theta = near + np.linspace(0.01, 0.02, len(near))
+    with np.errstate(all="ignore"):
+        u = spec.to_u(problem.natural(theta[None])[0, i])
+    return bool(np.isclose(u, row @ theta + constant, rtol=1e-6, atol=1e-9))
+
+
 def low_discrepancy(n: int, dimensions: int) -> Float[np.ndarray, "n d"]:
     """n points that fill the unit cube evenly: multiples of powers of the generalised golden ratio, modulo 1."""
     ratio = 2.0
