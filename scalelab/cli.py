@@ -325,7 +325,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _probe(args: argparse.Namespace) -> int:
     _stoppable()
-    from scalelab import plots, probe, records, tables
+    from scalelab import model_plots, probe, records, tables
     from scalelab.launch import local
     from scalelab.paths import check_figure
 
@@ -356,7 +356,7 @@ def _probe(args: argparse.Namespace) -> int:
         task, trained = probe.task_of(specs[0]), probe.trained_size(specs[0])
         tables.probe(found, task, trained)
         if args.out:
-            figure: Any = plots.probe(found, axis=task.axis, trained=trained, chance=task.chance).figure
+            figure: Any = model_plots.probe(found, axis=task.axis, trained=trained, chance=task.chance).figure
             figure.savefig(args.out, dpi=150)
     return FAILED if outcome.failed or not done else STOPPED if outcome.stopped else DONE
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scalelab import config, models, plots, recipe, sweep
+from scalelab import config, model_plots, models, plots, recipe, sweep
 from scalelab.bench import coords
 from scalelab.errors import BadInput
 from scalelab.parametrization import Rule
@@ -84,9 +84,9 @@ def test_slopes_are_those_of_planted_powers():
 
 
 def test_the_plot_draws_what_the_table_holds():
-    ax = plots.coordinates(planted(), "width", "change")
+    ax = model_plots.coordinates(planted(), "width", "change")
     np.testing.assert_allclose(ax.lines[0].get_xydata(), [(w, w**0.5) for w in (64, 256, 1024)])
-    again = plots.coordinates(planted(), "depth", "size", ax=plots.new_axes())
+    again = model_plots.coordinates(planted(), "depth", "size", ax=plots.new_axes())
     np.testing.assert_allclose(again.lines[0].get_ydata(), 2.0)
     assert ax.get_xscale() == ax.get_yscale() == "log"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scalelab import cli, data, plots, probe, records, sweep, train
+from scalelab import cli, data, model_plots, probe, records, sweep, train
 from scalelab.config import base, finish, override
 from scalelab.data import probes
 from scalelab.data.stream import labelled, split_rows
@@ -138,7 +138,7 @@ def test_intervals_of_one_seed_and_ranges_of_several():
     assert several.loc[0, ["accuracy", "low", "high"]].tolist() == pytest.approx([0.8, 0.7, 0.9])
     one = probe.summary(pd.DataFrame(rows[:1], columns=columns))
     assert one.loc[0, ["low", "high"]].tolist() == pytest.approx([0.9 - 0.0196, 0.9 + 0.0196])
-    axes = plots.probe(several, axis="length", trained=8, chance=0.5)
+    axes = model_plots.probe(several, axis="length", trained=8, chance=0.5)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["x"]
 
 

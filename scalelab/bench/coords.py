@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from scalelab import config, data, models, plots, recipe, sharding, train
+from scalelab import config, data, model_plots, models, recipe, sharding, train
 from scalelab.errors import BadInput
 from scalelab.parametrization import PARAMETRIZATIONS
 from scalelab.schema import Config, at_least, choice
@@ -174,7 +174,7 @@ def draw(table: pd.DataFrame, family: str, path: str) -> None:
     axes = figure.subplots(2, len(alongs), squeeze=False)
     for column, along in enumerate(alongs):
         for row, quantity in enumerate(("size", "change")):
-            plots.coordinates(table, along, quantity, axes[row, column], legend=(row, column) == (0, 0))
+            model_plots.coordinates(table, along, quantity, axes[row, column], legend=(row, column) == (0, 0))
     figure.suptitle(f"{family}: coordinate check, {table['step'].max()} Adam steps", fontsize="medium")
     figure.savefig(path, dpi=110)
 
