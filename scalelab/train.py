@@ -72,7 +72,7 @@ def make_nll(
     config: Config, model: Config, bos: int, *, training: bool = False, shards: int = 1
 ) -> Callable[[Any, Int[Array, "B T+1"]], tuple[Float[Array, "B T"], Float[Array, "B T"], Any]]:
     """(params, rows) -> negative log-likelihood in nats and log-sum-exp of the logits, per target token, and aux."""
-    graphdef, _ = models.abstract(model, training=training, shards=shards)
+    graphdef, _ = models.abstract(model, training=training, shards=shards, kernels=config.kernels)
 
     def nll(params: Any, rows: Int[Array, "B T+1"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Any]:
         inputs, targets = data.split_rows(rows)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.delta_rule import xla
+from pallas_kernels import dispatch
+from pallas_kernels.delta_rule import reference, xla
 
 
 def delta_rule(
@@ -17,6 +18,7 @@ def delta_rule(
     reset: Bool[Array, "B T"] | None = None,
     *,
     chunk: int = 32,
+    kernels: str = "auto",
 ) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
     """Per head, R_t = exp(g_t) S_{t-1}, S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T, o_t = S_t^T q_t; returns (o in v's
     dtype, S_T in float32).
@@ -33,6 +35,9 @@ def delta_rule(
     Memory between the passes: T Q (2 G + 4 H) numbers a row, 3 copies of k and v, and T / Q states.
     Source: Yang et al. 2024 (arXiv 2406.06484; gated: 2412.06464).
     """
+    if dispatch.choose("delta_rule", kernels, {}) == "reference":
+        out, final = reference.delta_rule(q, k, v, beta, log_decay, state, reset)
+        return out.astype(v.dtype), final
     return xla.delta_rule(q, k, v, beta, log_decay, state, reset, chunk)
 
 

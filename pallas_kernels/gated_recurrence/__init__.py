@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.gated_recurrence import xla
+from pallas_kernels import dispatch
+from pallas_kernels.gated_recurrence import reference, xla
 
 
 def gated_recurrence(
@@ -16,6 +17,7 @@ def gated_recurrence(
     reset: Bool[Array, "B T"] | None = None,
     *,
     chunk: int = 64,
+    kernels: str = "auto",
 ) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t, per head; returns (o in v's dtype, S_T in float32).
 
@@ -29,6 +31,9 @@ def gated_recurrence(
     Memory between the passes: scores and decays of all chunks, T Q (G + H) numbers a row, and T / Q states.
     Source: Dao & Gu 2024 (arXiv 2405.21060); Yang et al. 2023 (arXiv 2312.06635).
     """
+    if dispatch.choose("gated_recurrence", kernels, {}) == "reference":
+        out, final = reference.gated_recurrence(q, k, v, log_decay, state, reset)
+        return out.astype(v.dtype), final
     return xla.gated_recurrence(q, k, v, log_decay, state, reset, chunk)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.gla import xla
+from pallas_kernels import dispatch
+from pallas_kernels.gla import reference, xla
 
 
 def gla(
@@ -16,6 +17,7 @@ def gla(
     reset: Bool[Array, "B T"] | None = None,
     *,
     chunk: int = 32,
+    kernels: str = "auto",
 ) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
     """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t, per head; returns (o in v's dtype, S_T in float32).
 
@@ -29,6 +31,9 @@ def gla(
     Memory between the passes: log2(Q) + 3 copies of q and k, T Q log2(Q) scores a head, and T / Q states.
     Source: Yang et al. 2023 (arXiv 2312.06635), whose secondary blocks are here those of every size 1, 2, 4 ... Q / 2.
     """
+    if dispatch.choose("gla", kernels, {}) == "reference":
+        out, final = reference.gla(q, k, v, log_decay, state, reset)
+        return out.astype(v.dtype), final
     return xla.gla(q, k, v, log_decay, state, reset, chunk)
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.mlstm import xla
+from pallas_kernels import dispatch
+from pallas_kernels.mlstm import reference, xla
 
 
 class State(NamedTuple):
@@ -27,6 +28,7 @@ def mlstm(
     reset: Bool[Array, "B T"] | None = None,
     *,
     chunk: int = 64,
+    kernels: str = "auto",
     eps: float = 1e-6,
 ) -> tuple[Float[Array, "B T H dv"], State]:
     """With m_t = max(logsig(f_t) + m_{t-1}, i_t) and q' = q / sqrt(dk):
@@ -43,5 +45,8 @@ def mlstm(
     full square, Q in place of c, and pads T to whole chunks.
     Source: Beck et al. 2024 (arXiv 2405.04517), Beck et al. 2025 (arXiv 2503.14376).
     """
+    if dispatch.choose("mlstm", kernels, {}) == "reference":
+        h, after = reference.mlstm(q, k, v, i, f, state, reset, eps)
+        return h.astype(v.dtype), State(*after)
     h, C, n, m = xla.mlstm(q, k, v, i, f, state, reset, chunk, eps)
     return h, State(C, n, m)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.selective_scan import xla
+from pallas_kernels import dispatch
+from pallas_kernels.selective_scan import reference, xla
 
 
 def selective_scan(
@@ -17,6 +18,7 @@ def selective_scan(
     reset: Bool[Array, "B T"] | None = None,
     *,
     chunk: int = 64,
+    kernels: str = "auto",
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B E N"]]:
     """h_t = exp(dt_t A) h_{t-1} + (dt_t u_t) B_t^T, y_t = h_t C_t, elementwise over (E, N); returns (y in u's dtype,
     h_T in float32). dt >= 0 and A <= 0 in float32; `state` is h_0 (zero if none); where `reset` is true h_{t-1}
@@ -26,4 +28,7 @@ def selective_scan(
     Memory between the passes: the states at the borders of chunks, T / Q of them; the backward pass runs each chunk
     again. Source: Gu & Dao 2023 (arXiv 2312.00752).
     """
+    if dispatch.choose("selective_scan", kernels, {}) == "reference":
+        out, final = reference.selective_scan(u, dt, A, B, C, state, reset)
+        return out.astype(u.dtype), final
     return xla.selective_scan(u, dt, A, B, C, state, reset, chunk)

@@ -58,7 +58,8 @@ class DeltaMixer(LinearMixer):
         o = self.options
         beta = (1 + o.negative) * jax.nn.sigmoid(linear(x, self.weight("beta")).astype(jnp.float32))
         q, k = unit(q, q.shape[-1] ** -0.5), unit(k, 1.0)
-        return delta_rule.delta_rule(q, k, v, beta, self.log_decay(x), S, reset, chunk=o.chunk)
+        g, kernels = self.log_decay(x), self.spec.kernels
+        return delta_rule.delta_rule(q, k, v, beta, g, S, reset, chunk=o.chunk, kernels=kernels)
 
     def log_decay(self, x: Array) -> Float[Array, "B T H"] | None:
         return None

@@ -259,13 +259,16 @@ def _sum_of_losses(aux: dict[str, Any]) -> Float[Array, ""]:
 # ------------------------------------------------------------------------------------ the functional face
 
 
-def build(config: Any, rngs: nnx.Rngs, *, training: bool = False, shards: int = 1) -> LanguageModel:
+def build(
+    config: Any, rngs: nnx.Rngs, *, training: bool = False, shards: int = 1, kernels: str = "auto"
+) -> LanguageModel:
     """The model of a config (its `model` section, vocabulary known), parameters drawn. Raises `BadInput`.
 
     `training`: its passes are those of training, where that makes a difference (experts with a capacity). `shards`:
-    devices that share a batch, neighbouring rows each; it says only what should stay together.
+    devices that share a batch, neighbouring rows each; it says only what should stay together. `kernels`: which
+    implementations run, as in `pallas_kernels.dispatch`.
     """
-    spec = dataclasses.replace(resolve(config), training=training, shards=shards)
+    spec = dataclasses.replace(resolve(config), training=training, shards=shards, kernels=kernels)
     tensors = jax.tree_util.tree_leaves_with_path(LanguageModel.tensors(spec))
     matrices = [t.size * spec.copies(path[0].key) for path, t in tensors if t.random]
     return LanguageModel(spec, spec.init.source(rngs.params(), sum(matrices)))
@@ -286,9 +289,11 @@ def init(config: Any, key: jax.Array) -> Params:
     return split(build(config, nnx.Rngs(key)))[1]
 
 
-def abstract(config: Any, *, training: bool = False, shards: int = 1) -> tuple[nnx.GraphDef, Params]:
+def abstract(
+    config: Any, *, training: bool = False, shards: int = 1, kernels: str = "auto"
+) -> tuple[nnx.GraphDef, Params]:
     """`split(build(...))` with shapes in place of arrays; computes nothing."""
-    return split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0), training=training, shards=shards)))
+    return split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0), training=training, shards=shards, kernels=kernels)))
 
 
 def logits(config: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

@@ -125,6 +125,7 @@ class Mamba(Mixer):
             before["h"] if state is not None else None,
             beginnings(segment_ids, before["segment"] if state is not None else None),
             chunk=o.chunk,
+            kernels=self.spec.kernels,
         )
         y = gated(y, u, z, self.weight("D"))
         after = None
@@ -257,6 +258,7 @@ class Mamba2(Mixer):
             before["S"] if state is not None else None,
             beginnings(segment_ids, before["segment"] if state is not None else None),
             chunk=o.chunk,
+            kernels=self.spec.kernels,
         )
         y = y + self.weight("D")[:, None] * u
         after = None

@@ -54,9 +54,11 @@ class Spec:
     depth_scaled: bool  # CompleteP
     embed_multiplier: float
     logit_multiplier: float
-    # Not of the config, but of the pass: whether it is a training one, and how many devices share the batch.
+    # Not of the model, but of the pass: whether it is a training one, how many devices share the batch, and which
+    # implementations of the kernels it takes (`pallas_kernels.dispatch`).
     training: bool = False
     shards: int = 1
+    kernels: str = "auto"
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:

@@ -1,0 +1,24 @@
+"""What differs between the versions of JAX that are supported. Nothing else asks for a version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+MOSAIC_GPU_SINCE = "0.11"
+MOSAIC_GPU = jax.__version_info__ >= (0, 11)  # the kernels here are written against its API of that version
+
+
+def gpu_interpreter(**options: Any) -> Any:
+    """What makes a Mosaic GPU kernel run on any device; JAX has it since the version above."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams(**options)
+
+
+def tpu_interpreter(**options: Any) -> Any:
+    """What makes a Mosaic TPU kernel run on any device."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.InterpretParams(**options)
