@@ -14,7 +14,7 @@ def gpu_interpreter(**options: Any) -> Any:
     """What makes a Mosaic GPU kernel run on any device; JAX has it since the version above."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.InterpretGPUParams(**options)
+    return plgpu.InterpretGPUParams(**options)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def tpu_interpreter(**options: Any) -> Any:

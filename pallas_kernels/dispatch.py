@@ -95,7 +95,7 @@ def device() -> Device:
     import jax  # not above: configs are read without JAX
 
     first = jax.devices()[0]
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(first.platform, first.platform)
+    platform = "gpu" if first.platform in ("cuda", "rocm") else str(first.platform)
     return Device(platform, first.device_kind, str(getattr(first, "compute_capability", "")))
 
 

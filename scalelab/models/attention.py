@@ -8,7 +8,6 @@ Query head h reads key-value head floor(h Hk / H). A window of w keys includes t
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,9 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import attention
+from pallas_kernels.attention import visible
 from scalelab.errors import BadInput
 from scalelab.models import parscale
-from scalelab.models.layers import linear, rms_norm, rope, soft_cap
+from scalelab.models.layers import linear, rms_norm, rope
 from scalelab.models.part import Mixer
 from scalelab.models.spec import Flops, Spec
 from scalelab.parametrization import Tensor
@@ -129,22 +130,23 @@ class Attention(Mixer):
             q, k = self._qk_norm(q, "q_norm"), self._qk_norm(k, "k_norm")
         if o.rope_theta:
             q, k = rope(q, positions, o.rope_theta), rope(k, positions, o.rope_theta)
-        T = x.shape[1]
-        if state is None:
-            index = jnp.arange(T)
-            mask = visible(index, index, o.window)[None]
-            if segment_ids is not None:
-                mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-        else:
+        mask = None
+        if state is not None:
             state, k, v, mask = self._with_cache(state, k, v, segment_ids)
-        if self.spec.streams > 1:
+        prefix = self.spec.stream_prefix if self.spec.streams > 1 else 0
+        if prefix:
             rows = x.shape[0]
             k, v = (
                 jnp.concatenate([parscale.per_row(self.weight(f"prefix_{name}"), rows), a], axis=1)
                 for name, a in (("k", k), ("v", v))
             )
-            mask = jnp.pad(mask, ((0, 0), (0, 0), (self.spec.stream_prefix, 0)), constant_values=True)
-        y = attend(q, k, v, mask, o.soft_cap, self._scale())
+        if mask is None:
+            y = attention.attention(
+                q, k, v, segment_ids, window=o.window, cap=o.soft_cap, scale=self._scale(), kernels=self.spec.kernels
+            )
+        else:
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (prefix, 0)), constant_values=True)
+            y = attention.attend(q, k, v, mask, o.soft_cap, self._scale())
         y = linear(y.reshape(*y.shape[:2], -1), self.weight("out").reshape(-1, x.shape[-1]))
         return (y + self.weight("out_bias") if o.bias else y), state, {}
 
@@ -197,79 +199,3 @@ class Attention(Mixer):
         kept = min(T, S)
         after = {name: state[name].at[:, index[-kept:] % S].set(new[name][:, -kept:]) for name in new}
         return after | {"length": length + T}, both["k"], both["v"], mask
-
-
-def visible(query: Int[Array, " T"], key: Int[Array, " K"], window: int) -> Bool[Array, "T K"]:
-    """Causal, and within the window (0: none), which counts the token itself."""
-    mask = key <= query[:, None]
-    return mask & (key > query[:, None] - window) if window else mask
-
-
-def attend(
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B K Hk d"],
-    v: Float[Array, "B K Hk d"],
-    mask: Bool[Array, "#B T K"],
-    cap: float = 0.0,
-    scale: float | None = None,
-) -> Float[Array, "B T H d"]:
-    """softmax(cap(scale q k^T), masked) v; scores and softmax in float32. Every query must see a key. The scale is
-    1 / sqrt(d) by default.
-
-    The full square of scores is computed, 4 H d K FLOPs per query, and the backward pass keeps the weights.
-    """
-    (B, T, H, d), (K, Hk) = q.shape, k.shape[1:3]
-    # One batch axis in front; the query heads that share keys are more rows of the same product.
-    q = q.reshape(B, T, Hk, H // Hk, d).transpose(0, 2, 3, 1, 4).reshape(B * Hk, -1, d)
-    k, v = (a.transpose(0, 2, 1, 3).reshape(B * Hk, K, d) for a in (k, v))
-    hidden = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min / 2)
-    y: Any = _softmax_attention(q, k, v, hidden, cap, d**-0.5 if scale is None else scale)
-    return y.reshape(B, H, T, d).transpose(0, 2, 1, 3)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _softmax_attention(
-    q: Float[Array, "b r d"],
-    k: Float[Array, "b K d"],
-    v: Float[Array, "b K d"],
-    hidden: Float[Array, "#B T K"],
-    cap: float,
-    scale: float,
-) -> Float[Array, "b r d"]:
-    """b = B Hk; the rows r of each are (H / Hk) T queries. `hidden` is added to the scores.
-
-    A backward pass of its own, since that of autodiff multiplies float32 by bfloat16, and contracts over the rows of
-    a T x T matrix in an order that XLA's CPU backend runs three times slower.
-    """
-    return _attention_forward(q, k, v, hidden, cap, scale)[0]
-
-
-def _attention_forward(q: Array, k: Array, v: Array, hidden: Array, cap: float, scale: float) -> tuple[Array, Any]:
-    scores = jnp.einsum("brd,bkd->brk", q, k, preferred_element_type=jnp.float32) * scale
-    scores = soft_cap(scores, cap)
-    slope = (1 - jnp.square(scores / cap)).astype(q.dtype) if cap else None
-    by_row = (hidden.shape[0], -1, *hidden.shape[1:])
-    scores = (scores.reshape(by_row) + hidden[:, None]).reshape(scores.shape)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(v.dtype)
-    y = jnp.einsum("brk,bkd->brd", weights, v, preferred_element_type=jnp.float32) / total
-    return y.astype(v.dtype), (q, k, v, weights, total, y.astype(v.dtype), slope)
-
-
-def _attention_backward(cap: float, scale: float, saved: Any, dy: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, weights, total, y, slope = saved
-    f32 = jnp.float32
-    dy = dy / total
-    delta = jnp.sum(dy * y, axis=-1, keepdims=True)
-    dy = dy.astype(v.dtype)
-    dv = jnp.einsum("brd,brk->bdk", dy, weights, preferred_element_type=f32)
-    ds = weights * (jnp.einsum("brd,bkd->brk", dy, v, preferred_element_type=f32) - delta)
-    ds = (ds * slope if cap else ds).astype(q.dtype)
-    dq = jnp.einsum("brk,bkd->brd", ds, k, preferred_element_type=f32) * scale
-    dk = jnp.einsum("brd,brk->bdk", q, ds, preferred_element_type=f32) * scale
-    dk, dv = dk.transpose(0, 2, 1), dv.transpose(0, 2, 1)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-_softmax_attention.defvjp(_attention_forward, _attention_backward)

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.attention import attend
 from scalelab.config import base, override
-from scalelab.models.attention import Attention, attend
+from scalelab.models.attention import Attention
 from scalelab.models.layers import layer_norm, rms_norm, rope
 from scalelab.models.registry import resolve
 

@@ -1,0 +1,44 @@
+"""Causal softmax attention over grouped heads: cuDNN's on GPUs, JAX's splash attention on TPUs, plain JAX elsewhere."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.attention import cudnn, reference, splash
+from pallas_kernels.attention.xla import attend, causal, visible
+
+__all__ = ["attend", "attention", "visible"]
+
+
+def attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B K Hk d"],
+    v: Float[Array, "B K Hk d"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    window: int = 0,
+    cap: float = 0.0,
+    scale: float | None = None,
+    kernels: str = "auto",
+) -> Float[Array, "B T H d"]:
+    """y_t = sum_s softmax_s(cap(scale q_t . k_s)) v_s over the keys that token t sees; in v's dtype.
+
+    The last T keys are the tokens' own: t sees those up to itself, at most `window` of them, itself included (0: all),
+    and of its own document where there are `segment_ids`. The K - T keys before them everyone sees (learned prefixes).
+    Query head h reads key-value head floor(h Hk / H). cap(x) = c tanh(x / c) for c = `cap` > 0. The scale is
+    1 / sqrt(d) by default.
+
+    Precision: products of q's dtype accumulated in float32; softmax in float32.
+    FLOPs: 2 H d T (T + 1) forward, 5 / 2 of that backward (score products again, and four gradients); the plain form
+    runs the full square, 4 H d T K, and its backward pass keeps the weights, B H T K numbers of q's dtype. cuDNN and
+    splash keep O(B H T); masks of documents and prefixes cost cuDNN a B T K table of q's dtype.
+    Source: Vaswani et al. 2017; Ainslie et al. 2023 (arXiv 2305.13245); Dao et al. 2022 (arXiv 2205.14135).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    forms = {
+        "cudnn": lambda: cudnn.refusal(q, k, cap),
+        "splash": lambda: splash.refusal(q, k),
+    }
+    run = {"cudnn": cudnn.attention, "splash": splash.attention, "xla": causal, "reference": reference.attention}
+    return run[dispatch.choose("attention", kernels, forms)](q, k, v, segment_ids, window, cap, scale)

@@ -1,0 +1,35 @@
+"""cuDNN's fused attention, through `jax.nn`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.attention.xla import seen
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def refusal(q: Array, k: Array, cap: float) -> str:
+    d = q.shape[-1]
+    if q.dtype not in DTYPES:
+        return f"takes bfloat16 and float16, not {q.dtype}"
+    if d % 8 or d > 256:
+        return f"takes head widths that are multiples of 8 up to 256, not {d}"
+    if q.shape[1] < 2 or k.shape[1] % 2:
+        return f"takes an even number of keys, not {k.shape[1]}"
+    return "has no soft cap" if cap else ""
+
+
+def attention(q: Array, k: Array, v: Array, segment_ids: Array | None, window: int, cap: float, scale: float) -> Array:
+    T, K = q.shape[1], k.shape[1]
+    if segment_ids is None and T == K:
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, local_window_size=(window - 1, 0) if window else None,
+            implementation="cudnn",
+        )  # fmt: skip
+    # cuDNN aligns its causal mask to the first key: with keys before the tokens' own, the mask says it all.
+    mask = seen(T, K, segment_ids, window)[:, None]
+    mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))  # a bias of batch 1 would get a gradient
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=mask, is_causal=T == K, implementation="cudnn")
