@@ -110,16 +110,25 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_arguments(build)
     p = command("bench", "Measure scalelab itself; ratios to a baseline in the same run")
     p.add_argument(
-        "what", choices=("step", "fit", "families", "coords"),
+        "what", choices=("step", "fit", "families", "train", "coords"),
         help="step: the loop's overhead over the bare jitted step; fit: fitting a law, against SciPy; families: "
-        "training speed of each family over the Transformer's; coords: do activations and their updates stay of one "
+        "training speed of each family over the Transformer's; train: tokens per second and "
+        "utilisation of this device, with and without kernels; coords: do activations and their updates stay of one "
         "size over widths and depths",
     )  # fmt: skip
     p.add_argument("--pairs", type=int, default=300, metavar="N", help="step: interleaved pairs (default: 300)")
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="fit: interleaved repeats (default: 7)")
     p.add_argument("--whole", action="store_true", help="fit: time SciPy's 4,500 starts in full too")
-    p.add_argument("--params", type=float, default=1e5, metavar="N", help="families: size of each (default: 1e5)")
-    p.add_argument("--families", default="", metavar="A,B,...", help="families: which (default: all of the recipe)")
+    p.add_argument("--params", type=float, default=None, metavar="N",
+                   help="families, train: size of each (default: 1e5, 130e6)")  # fmt: skip
+    p.add_argument("--families", default="", metavar="A,B,...",
+                   help="families, train: which (default: all of the recipe)")  # fmt: skip
+    p.add_argument("--kernels", default="auto,xla", metavar="A,B,...",
+                   help="train: implementations, as in config.kernels (default: auto,xla)")  # fmt: skip
+    p.add_argument("--rows", type=int, default=8, metavar="N", help="train: of a batch (default: 8)")
+    p.add_argument("--seq-len", type=int, default=2048, metavar="N", help="train: tokens of a row (default: 2048)")
+    p.add_argument("--packed", action="store_true", help="train: rows of several documents, masked from each other")
+    p.add_argument("--torch", action="store_true", help="train: beside transformers' Llama in PyTorch")
     p.add_argument("--family", default="transformer", help="coords: a family of the recipe (default: transformer)")
     p.add_argument("--parametrizations", default="standard,mup,completep", metavar="A,B,...",
                    help="coords: which (default: all three)")  # fmt: skip
@@ -405,7 +414,14 @@ def _bench(args: argparse.Namespace) -> int:
     if args.what == "families":
         from scalelab.bench import families
 
-        return families.main(args.params, families=[name for name in args.families.split(",") if name])
+        return families.main(args.params or 1e5, families=[name for name in args.families.split(",") if name])
+    if args.what == "train":
+        from scalelab.bench import throughput
+
+        return throughput.main(
+            args.params or 130e6, [name for name in args.families.split(",") if name], args.kernels.split(","),
+            args.rows, args.seq_len, args.torch, args.packed,
+        )  # fmt: skip
     if args.what == "coords":
         from scalelab.bench import coords
 
