@@ -205,13 +205,14 @@ def base() -> Config:
     config.log = ConfigDict({"wandb": "", "tensorboard": False})  # wandb: online | offline
     config.mesh = ConfigDict({"data": 0})  # devices along the batch; 0: all
     config.kernels = "auto"  # auto | xla | reference | an implementation by name, see pallas_kernels/dispatch.py
+    config.unroll = 0  # repeats of the blocks written out in the program, the rest a loop; 0: all on a GPU, 1 elsewhere
     config.runs = "runs"  # folder of run directories
     return config
 
 
 # What a run is, is independent of where, how visibly and how safely it runs: these never enter its id. Nor do the
 # tokenizer's name, which may be a path, and where the parameters lie that it starts from: the content hashes know both.
-OUTSIDE_ID = ("checkpoint", "log", "mesh", "kernels", "runs", "data.threads", "data.tokenizer", "start.path")
+OUTSIDE_ID = ("checkpoint", "log", "mesh", "kernels", "unroll", "runs", "data.threads", "data.tokenizer", "start.path")
 # Fields added after schema 1, with the default under which the older runs ran: left out of the id where equal.
 ADDED_LATER: dict[str, Any] = {
     f"model.{section}.{name}": value for section, fields in LATER_SECTIONS.items() for name, value in fields.items()
@@ -292,6 +293,7 @@ def validate(config: Config) -> None:
     choice("log.wandb", config.log.wandb, ("", "online", "offline"))
     at_least("mesh.data", config.mesh.data, 0)
     choice("kernels", config.kernels, KERNELS)
+    at_least("unroll", config.unroll, 0)
     if 0 < config.model.positions < data.seq_len:
         remedy = f"is too few for data.seq_len = {data.seq_len}; 0 takes no learned positions"
         raise BadInput("config.model.positions", config.model.positions, remedy)

@@ -223,7 +223,8 @@ class LanguageModel(nnx.Module):
             graphdef, params = nnx.split(getattr(self, part))
             body = _remat(lambda x, xs, graphdef=graphdef: run(graphdef, x, xs), self.spec.remat)
             xs = (params, state and state[part])
-            x, (after[part], aux[part]) = jax.lax.scan(body, x, xs) if part == "period" else body(x, xs)
+            loop = part == "period"
+            x, (after[part], aux[part]) = jax.lax.scan(body, x, xs, unroll=self.spec.unroll) if loop else body(x, xs)
         aux = {part: values for part, values in aux.items() if values}
         return x, after, {"loss": _sum_of_losses(aux), **aux}
 
@@ -259,16 +260,15 @@ def _sum_of_losses(aux: dict[str, Any]) -> Float[Array, ""]:
 # ------------------------------------------------------------------------------------ the functional face
 
 
-def build(
-    config: Any, rngs: nnx.Rngs, *, training: bool = False, shards: int = 1, kernels: str = "auto"
-) -> LanguageModel:
+def build(config: Any, rngs: nnx.Rngs, **way: Any) -> LanguageModel:
     """The model of a config (its `model` section, vocabulary known), parameters drawn. Raises `BadInput`.
 
-    `training`: its passes are those of training, where that makes a difference (experts with a capacity). `shards`:
-    devices that share a batch, neighbouring rows each; it says only what should stay together. `kernels`: which
-    implementations run, as in `pallas_kernels.dispatch`.
+    `way`: how its passes run, none of which changes the parameters. `training`: as in training, where that makes a
+    difference (experts with a capacity). `shards`: devices that share a batch, neighbouring rows each; it says only
+    what should stay together. `kernels`: which implementations, as in `pallas_kernels.dispatch`. `unroll`: repeats of
+    the period that the program writes out one by one; the rest is a loop.
     """
-    spec = dataclasses.replace(resolve(config), training=training, shards=shards, kernels=kernels)
+    spec = dataclasses.replace(resolve(config), **way)
     tensors = jax.tree_util.tree_leaves_with_path(LanguageModel.tensors(spec))
     matrices = [t.size * spec.copies(path[0].key) for path, t in tensors if t.random]
     return LanguageModel(spec, spec.init.source(rngs.params(), sum(matrices)))
@@ -289,11 +289,9 @@ def init(config: Any, key: jax.Array) -> Params:
     return split(build(config, nnx.Rngs(key)))[1]
 
 
-def abstract(
-    config: Any, *, training: bool = False, shards: int = 1, kernels: str = "auto"
-) -> tuple[nnx.GraphDef, Params]:
+def abstract(config: Any, **way: Any) -> tuple[nnx.GraphDef, Params]:
     """`split(build(...))` with shapes in place of arrays; computes nothing."""
-    return split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0), training=training, shards=shards, kernels=kernels)))
+    return split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0), **way)))
 
 
 def logits(config: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

@@ -54,11 +54,13 @@ class Spec:
     depth_scaled: bool  # CompleteP
     embed_multiplier: float
     logit_multiplier: float
-    # Not of the model, but of the pass: whether it is a training one, how many devices share the batch, and which
-    # implementations of the kernels it takes (`pallas_kernels.dispatch`).
+    # Not of the model, but of the pass: whether it is a training one, how many devices share the batch, which
+    # implementations of the kernels it takes (`pallas_kernels.dispatch`), and how many of the repeats the program
+    # writes out one by one.
     training: bool = False
     shards: int = 1
     kernels: str = "auto"
+    unroll: int = 1
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
