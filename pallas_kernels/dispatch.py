@@ -71,14 +71,17 @@ def explain(kernels: str, forms: Mapping[str, Refusal], on: Device | None = None
     return Choice("xla", tuple(passed_over))
 
 
-def choose(op: str, kernels: str, forms: Mapping[str, Refusal]) -> str:
-    """The name of the implementation that `op` is to run; see the module. Warns of a fallback on an accelerator."""
+def choose(op: str, kernels: str, forms: Mapping[str, Refusal], plain_is_fast: bool = False) -> str:
+    """The name of the implementation that `op` is to run; see the module. Warns of a fallback on an accelerator, but
+    where the plain form is as fast as any."""
     on = device()
     try:
         choice = explain(kernels, forms, on)
     except Unsupported as refused:
         raise Unsupported(f"{op}: kernels = {kernels!r} does not run: {refused}") from None
-    if choice.implementation == "xla" and kernels != "xla" and on.platform != "cpu":
+    if (heard := _HEARD.get()) is not None:
+        heard.append((op, choice))
+    elif choice.implementation == "xla" and kernels != "xla" and on.platform != "cpu" and not plain_is_fast:
         own = [f"{name}: {reason}" for name, reason in choice.passed_over if DEVICES[name] == on.platform]
         _warn_once(op, "; ".join(own) or f"it has no form for a {on.platform.upper()} yet")
     return choice.implementation
@@ -106,6 +109,19 @@ def _hopper(on: Device) -> str:
     if on.capability != "9.0":
         return f"needs compute capability 9.0 (Hopper), {on.kind} has {on.capability or 'none'}"
     return "" if compat.MOSAIC_GPU else f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
+
+
+_HEARD: contextvars.ContextVar[list[tuple[str, Choice]] | None] = contextvars.ContextVar("heard", default=None)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[tuple[str, Choice]]]:
+    """What is chosen while operations are traced inside, in order; nothing is warned of."""
+    token = _HEARD.set(heard := [])
+    try:
+        yield heard
+    finally:
+        _HEARD.reset(token)
 
 
 # ------------------------------------------------------------------------------------ interpretation, for tests

@@ -110,10 +110,11 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_arguments(build)
     p = command("bench", "Measure scalelab itself; ratios to a baseline in the same run")
     p.add_argument(
-        "what", choices=("step", "fit", "families", "train", "coords"),
+        "what", choices=("step", "fit", "families", "train", "kernels", "coords"),
         help="step: the loop's overhead over the bare jitted step; fit: fitting a law, against SciPy; families: "
         "training speed of each family over the Transformer's; train: tokens per second and "
-        "utilisation of this device, with and without kernels; coords: do activations and their updates stay of one "
+        "utilisation of this device, with and without kernels; kernels: each operation, which implementation runs, its "
+        "error, time and memory; coords: do activations and their updates stay of one "
         "size over widths and depths",
     )  # fmt: skip
     p.add_argument("--pairs", type=int, default=300, metavar="N", help="step: interleaved pairs (default: 300)")
@@ -128,7 +129,11 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--rows", type=int, default=8, metavar="N", help="train: of a batch (default: 8)")
     p.add_argument("--seq-len", type=int, default=2048, metavar="N", help="train: tokens of a row (default: 2048)")
     p.add_argument("--packed", action="store_true", help="train: rows of several documents, masked from each other")
-    p.add_argument("--torch", action="store_true", help="train: beside transformers' Llama in PyTorch")
+    p.add_argument("--torch", action="store_true",
+                   help="train, kernels: beside PyTorch's Llama, PyTorch's operations")  # fmt: skip
+    p.add_argument("--ops", default="", metavar="A,B,...", help="kernels: which (default: all)")
+    p.add_argument("--list", action="store_true", help="kernels: only which implementation runs, and why not a faster")
+    p.add_argument("--dtype", default="bfloat16", help="kernels: of the operands (default: bfloat16)")
     p.add_argument("--family", default="transformer", help="coords: a family of the recipe (default: transformer)")
     p.add_argument("--parametrizations", default="standard,mup,completep", metavar="A,B,...",
                    help="coords: which (default: all three)")  # fmt: skip
@@ -422,6 +427,10 @@ def _bench(args: argparse.Namespace) -> int:
             args.params or 130e6, [name for name in args.families.split(",") if name], args.kernels.split(","),
             args.rows, args.seq_len, args.torch, args.packed,
         )  # fmt: skip
+    if args.what == "kernels":
+        from scalelab.bench import kernels
+
+        return kernels.main([op for op in args.ops.split(",") if op], args.list, args.torch, args.dtype)
     if args.what == "coords":
         from scalelab.bench import coords
 

@@ -234,20 +234,25 @@ ADDED_LATER |= {
 # ------------------------------------------------------------------------------------------------ validation
 
 
+def _named(field: str) -> str:
+    """As the user wrote it: an option, or a field of the config."""
+    return field if field.startswith("--") else f"config.{field}"
+
+
 def choice(field: str, value: str, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
-        raise BadInput(f"config.{field}", value, f"must be one of {', '.join(allowed)}")
+        raise BadInput(_named(field), value, f"must be one of {', '.join(allowed)}")
 
 
 def at_least(field: str, value: float, least: float, *, above: bool = False) -> None:
     if not math.isfinite(value) or value < least or (above and value == least):
-        raise BadInput(f"config.{field}", value, f"must be {'above' if above else 'at least'} {least}")
+        raise BadInput(_named(field), value, f"must be {'above' if above else 'at least'} {least}")
 
 
 def between(field: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise BadInput(f"config.{field}", value, f"must lie in [{low}, {high}]")
+        raise BadInput(_named(field), value, f"must lie in [{low}, {high}]")
 
 
 def validate(config: Config) -> None:

@@ -27,8 +27,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from pallas_kernels.dispatch import KERNELS
 from scalelab import config, flops, recipe, sharding, train
 from scalelab.errors import BadInput
+from scalelab.schema import choice
 
 VOCABULARY = 32768
 
@@ -58,12 +60,16 @@ def main(
     params: float, families: Sequence[str], kernels: Sequence[str], rows: int, seq_len: int, torch: bool, packed: bool
 ) -> int:
     names = list(families) or list(recipe.FAMILIES)
+    for family in names:
+        recipe.shape(family, 64)
+    for name in kernels:
+        choice("--kernels", name, KERNELS)
     console = Console(stderr=True)
     found = [peer(params, rows, seq_len)] if torch else []
     peak = matmul_rate()
     for family in track(names, "measuring", console=console, transient=True):
-        for choice in kernels:
-            found.append(measured(family, choice, params, rows, seq_len, packed))
+        for name in kernels:
+            found.append(measured(family, name, params, rows, seq_len, packed))
             console.print(line(found[-1], peak))
     report(found, peak)
     return 0

@@ -109,6 +109,7 @@ class LanguageModel(nnx.Module):
             targets.reshape(-1),
             cap=self.spec.logit_cap,
             chunk=self.spec.loss_chunk,
+            kernels=self.spec.kernels,
         )
         return nll.reshape(targets.shape), lse.reshape(targets.shape), aux
 

@@ -1,0 +1,227 @@
+"""The shapes at which `bench kernels` looks at every operation: those of training on an accelerator, small on a CPU.
+
+Costs are those of the mathematics: FLOPs of the causal or chunked form (chunks of 64), each input read once, each
+output written once; with gradients three times the products and bytes, of attention 3.5 times the products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import attention
+from pallas_kernels.cross_entropy import cross_entropy
+from pallas_kernels.delta_rule import delta_rule
+from pallas_kernels.gated_recurrence import gated_recurrence
+from pallas_kernels.gla import gla
+from pallas_kernels.mlstm import mlstm
+from pallas_kernels.selective_scan import selective_scan
+
+F32 = jnp.float32
+Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+@dataclass(frozen=True)
+class Input:
+    shape: tuple[int, ...]
+    dtype: Any
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class Case:
+    """`inputs(rows)`: of a batch of so many rows; `op` of `pallas_kernels`."""
+
+    op: str
+    name: str
+    rows: int
+    inputs: Callable[[int], Sequence[Input]]
+    run: Callable[[str], Callable[..., Any]]  # kernels -> (*arrays) -> outputs
+    flops: float
+    gradient_factor: float = 3.0  # FLOPs with gradients over those without
+    small: int = 1  # rows of the comparison with the definition
+    peer: dict[str, Any] = field(default_factory=dict)  # for `torch_ops`
+
+    @property
+    def shapes(self) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct(i.shape, i.dtype) for i in self.inputs(self.rows)]
+
+    def draw(self, key: jax.Array) -> list[jax.Array]:
+        return self._draw(key, self.rows)
+
+    def draw_small(self, key: jax.Array) -> list[jax.Array]:
+        return self._draw(key, self.small)
+
+    def _draw(self, key: jax.Array, rows: int) -> list[jax.Array]:
+        inputs = self.inputs(rows)
+        keys = jax.random.split(key, len(inputs))
+        return [i.draw(k, i.shape).astype(i.dtype) for i, k in zip(inputs, keys, strict=True)]
+
+    @property
+    def bytes(self) -> float:
+        out = jax.eval_shape(self.run("xla"), *self.shapes)
+        return float(sum(a.size * a.dtype.itemsize for a in [*self.shapes, *jax.tree.leaves(out)]))
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """(FLOPs, bytes) of the forward pass."""
+        return self.flops, self.bytes
+
+    @property
+    def cost_both(self) -> tuple[float, float]:
+        """With all gradients: inputs and cotangents read, outputs and gradients written, what was saved read."""
+        return self.gradient_factor * self.flops, 3 * self.bytes
+
+
+def like(shapes: Any, key: jax.Array) -> Any:
+    """Random cotangents of outputs."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)])
+
+
+# ------------------------------------------------------------------------------------ inputs
+
+
+def normal(scale: float = 1.0, offset: float = 0.0) -> Draw:
+    return lambda key, shape: offset + scale * jax.random.normal(key, shape)
+
+
+def uniform(low: float, high: float) -> Draw:
+    return lambda key, shape: jax.random.uniform(key, shape, minval=low, maxval=high)
+
+
+def unit(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Vectors of length 1 along the last axis."""
+    x = jax.random.normal(key, shape)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def whole(least: int, below: int) -> Draw:
+    return lambda key, shape: jax.random.randint(key, shape, least, below)
+
+
+# ------------------------------------------------------------------------------------ cases
+
+
+def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
+    D = jnp.dtype(dtype)
+    if platform == "cpu":
+        T, B = 256, 2
+        return [
+            attention_case(B, T, 4, 32, D),
+            recurrence_case("simple GLA", B, T, 4, 4, 32, 32, D),
+            recurrence_case("SSD", B, T, 1, 8, 32, 16, D),
+            mlstm_case(B, T, 2, 32, 64, D),
+            gla_case(B, T, 4, 32, D),
+            delta_case(B, T, 4, 32, D),
+            scan_case(B, T, 128, 16, D),
+            entropy_case(512, 64, 2048, D),
+        ]
+    return [
+        attention_case(8, 2048, 16, 64, D),
+        attention_case(4, 4096, 16, 128, D),
+        recurrence_case("simple GLA", 8, 4096, 16, 16, 128, 128, D),
+        recurrence_case("SSD", 4, 4096, 1, 64, 128, 64, D),
+        mlstm_case(4, 8192, 8, 256, 512, D),
+        mlstm_case(8, 4096, 16, 128, 128, D),
+        gla_case(8, 4096, 16, 128, D),
+        delta_case(8, 4096, 16, 128, D),
+        scan_case(4, 4096, 2048, 16, D),
+        entropy_case(16384, 1024, 32768, D),
+        entropy_case(16384, 2048, 131072, D),
+    ]
+
+
+def attention_case(B: int, T: int, H: int, d: int, dtype: Any) -> Case:
+    return Case(
+        "attention", f"B{B} T{T} H{H} d{d}", B,
+        lambda rows: [Input((rows, T, H, d), dtype, normal())] * 3,
+        lambda kernels: partial(attention, kernels=kernels),
+        2 * B * H * d * T * (T + 1), 3.5, peer={"op": "attention", "B": B, "T": T, "H": H, "d": d},
+    )  # fmt: skip
+
+
+def recurrence_case(kind: str, B: int, T: int, G: int, H: int, dk: int, dv: int, dtype: Any) -> Case:
+    def inputs(rows: int) -> list[Input]:
+        shared = Input((rows, T, G, dk), dtype, normal(dk**-0.25))
+        return [shared, shared, Input((rows, T, H, dv), dtype, normal()), Input((rows, T, H), F32, uniform(-0.1, 0))]
+
+    flops = B * T * (G * 2 * dk * 32.5 + H * (2 * dv * 32.5 + 4 * dk * dv + 2 * dk * dv / 64))
+    return Case(
+        "gated_recurrence", f"{kind} B{B} T{T} G{G} H{H} {dk}x{dv}", B, inputs,
+        lambda kernels: partial(gated_recurrence, kernels=kernels), flops,
+    )  # fmt: skip
+
+
+def mlstm_case(B: int, T: int, H: int, dk: int, dv: int, dtype: Any) -> Case:
+    def inputs(rows: int) -> list[Input]:
+        # Queries and keys with a common part, and input gates that start closed, as trained cells have them: else
+        # the normaliser passes near 0, and bfloat16's rounding alone is all of the error.
+        shared = Input((rows, T, H, dk), dtype, normal(0.5, 0.5))
+        gates = [Input((rows, T, H), F32, normal(1.0, -4.0)), Input((rows, T, H), F32, uniform(3.0, 6.0))]
+        return [shared, shared, Input((rows, T, H, dv), dtype, normal()), *gates]
+
+    flops = B * T * H * (2 * (dk + dv) * 32.5 + 4 * dk * dv + 2 * dk * dv / 64 + 4 * dk)
+    return Case(
+        "mlstm", f"B{B} T{T} H{H} {dk}x{dv}", B, inputs,
+        lambda kernels: lambda *a: mlstm(*a, kernels=kernels)[0], flops,
+    )  # fmt: skip
+
+
+def gla_case(B: int, T: int, H: int, d: int, dtype: Any) -> Case:
+    def inputs(rows: int) -> list[Input]:
+        parts = [Input((rows, T, H, d), dtype, normal(scale)) for scale in (d**-0.25, d**-0.25, 1.0)]
+        return [*parts, Input((rows, T, H, d), F32, uniform(-0.1, 0))]
+
+    flops = B * T * H * (4 * d * 16.5 + 4 * d * d)
+    return Case("gla", f"B{B} T{T} H{H} {d}x{d}", B, inputs, lambda kernels: partial(gla, kernels=kernels), flops)
+
+
+def delta_case(B: int, T: int, H: int, d: int, dtype: Any) -> Case:
+    def inputs(rows: int) -> list[Input]:
+        parts = [Input((rows, T, H, d), dtype, draw) for draw in (unit, unit, normal())]
+        return [*parts, Input((rows, T, H), F32, uniform(0, 1)), Input((rows, T, H), F32, uniform(-0.1, 0))]
+
+    flops = B * T * H * (6 * d * 16.5 + 6 * d * d)
+    return Case(
+        "delta_rule", f"B{B} T{T} H{H} {d}x{d}", B, inputs, lambda kernels: partial(delta_rule, kernels=kernels), flops
+    )
+
+
+def scan_case(B: int, T: int, E: int, N: int, dtype: Any) -> Case:
+    def inputs(rows: int) -> list[Input]:
+        return [
+            Input((rows, T, E), dtype, normal()),
+            Input((rows, T, E), F32, lambda key, shape: jnp.exp(uniform(math.log(1e-3), math.log(1e-1))(key, shape))),
+            Input((E, N), F32, lambda key, shape: -jnp.exp(normal()(key, shape))),
+            Input((rows, T, N), dtype, normal()),
+            Input((rows, T, N), dtype, normal()),
+        ]
+
+    return Case(
+        "selective_scan", f"B{B} T{T} E{E} N{N}", B, inputs,
+        lambda kernels: partial(selective_scan, kernels=kernels), 7.0 * B * T * E * N,
+    )  # fmt: skip
+
+
+def entropy_case(N: int, D: int, V: int, dtype: Any) -> Case:
+    def inputs(rows: int) -> list[Input]:
+        return [
+            Input((rows, D), dtype, normal()), Input((D, V), F32, normal(D**-0.5)),
+            Input((rows,), jnp.int32, whole(0, V)),
+        ]  # fmt: skip
+
+    return Case(
+        "cross_entropy", f"N{N} D{D} V{V}", N, inputs,
+        lambda kernels: partial(cross_entropy, chunk=2048, kernels=kernels), 2.0 * N * D * V, small=256,
+    )  # fmt: skip
+
+
+OPS = tuple(dict.fromkeys(case.op for case in all_cases("cpu")))

@@ -1,0 +1,47 @@
+"""`scalelab bench kernels` and `bench train` on a CPU: small shapes, the same columns."""
+
+import pytest
+
+from scalelab import cli
+from scalelab.bench import cases, kernels, throughput
+
+
+def test_the_list_names_every_operation_and_why(capsys):
+    assert cli.main(["bench", "kernels", "--list"]) == 0
+    out = capsys.readouterr().out
+    for op in cases.OPS:
+        assert op in out
+    assert "splash: needs a TPU, this is a CPU" in out
+
+
+@pytest.mark.parametrize("case", cases.all_cases("cpu"), ids=lambda case: f"{case.op} {case.name}")
+def test_the_plain_form_is_as_right_as_bfloat16_lets_it_be(case):
+    error, gradient_error = kernels.errors(case, "xla")
+    assert error < 6e-3
+    assert gradient_error < 1.2e-2
+
+
+def test_a_row_of_measurements(capsys):
+    assert cli.main(["bench", "kernels", "--ops=cross_entropy"]) == 0
+    out = capsys.readouterr().out
+    assert "over xla" in out
+    assert "1.00" in out
+
+
+def test_bad_input(capsys):
+    assert cli.main(["bench", "kernels", "--ops=atention"]) == 2
+    assert "--ops = 'atention': must be of attention" in capsys.readouterr().err
+    assert cli.main(["bench", "kernels", "--dtype=bf16"]) == 2
+    assert "--dtype" in capsys.readouterr().err
+    assert cli.main(["bench", "train", "--families=tranformer", "--rows=1", "--seq-len=64"]) == 2
+    assert "tranformer" in capsys.readouterr().err
+    assert cli.main(["bench", "train", "--kernels=fast", "--rows=1", "--seq-len=64"]) == 2
+    assert "fast" in capsys.readouterr().err
+
+
+def test_utilisation_of_a_small_model(capsys):
+    row = throughput.measured("transformer", "xla", 5e3, rows=2, seq_len=32, packed=False)
+    assert row.note == ""
+    assert row.seconds > 0
+    throughput.report([row], peak=2 * row.flops / row.seconds)
+    assert "50.0%" in capsys.readouterr().out
