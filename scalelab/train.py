@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import dispatch
 from scalelab import data, flops, models, optim, parametrization, records, sharding, start
 from scalelab.checkpoint import Checkpoints
 from scalelab.config import RunSpec, validate
@@ -173,6 +174,12 @@ class Trainer:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(self._initial, 0)
         )
         assert jax.tree.structure(shapes) == jax.tree.structure(self.abstract.params)
+        if config.kernels not in ("auto", "xla", "reference"):  # may refuse the model's shapes: before anything is run
+            rows = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len + 1), jnp.int32)
+            try:
+                jax.eval_shape(training_nll, shapes, rows)
+            except dispatch.Unsupported as refused:
+                raise BadInput("config.kernels", config.kernels, str(refused)) from None
 
     def _initial(self, seed: Any) -> TrainState:
         params = models.init(self.model, jax.random.key(seed))

@@ -1,0 +1,37 @@
+"""config.kernels: the same numbers whichever runs, a run's id apart from it, and one line where it cannot be."""
+
+import numpy as np
+import pytest
+
+from scalelab import config, data, recipe, train
+from scalelab.config import base, finish
+from scalelab.errors import BadInput
+from tests.helpers import TINY, arguments, environment, scalelab, small_corpus
+
+
+@pytest.mark.parametrize("family", ["transformer", "mamba2", "mamba", "xlstm", "deltanet", "gla", "moe"])
+def test_the_definitions_train_as_the_plain_forms(family):
+    losses = {}
+    for kernels in ("xla", "reference"):
+        shape = recipe.shape(family, 16) | {k: v for k, v in TINY.items() if not k.startswith("model.")}
+        conf = finish(base(), {**shape, "model.compute_dtype": "float32", "kernels": kernels})
+        trainer = train.Trainer(conf, corpus := data.open(conf.data))
+        _, metrics = trainer.step(trainer.initial_state(), corpus.batches(0)[0], np.float32(1e-2))
+        losses[kernels] = float(metrics["loss"]), float(metrics["grad_norm"])
+    assert losses["xla"] == pytest.approx(losses["reference"], rel=2e-4)
+
+
+def test_a_run_is_the_same_whichever_implementation_runs():
+    conf = finish(base(), TINY)
+    ids = {config.RunSpec(finish(conf, {"kernels": kernels}), {}).id for kernels in ("auto", "xla", "cudnn")}
+    assert len(ids) == 1
+
+
+def test_what_cannot_be_is_one_line(tmp_path):
+    conf = finish(base(), {**TINY, "kernels": "cudnn"})
+    with pytest.raises(BadInput, match=r"config.kernels = 'cudnn': attention: .*takes bfloat16 and float16"):
+        train.Trainer(conf, data.open(conf.data))
+    done = scalelab("train", *arguments(small_corpus(tmp_path / "text"), kernels="triton"), cwd=tmp_path, env=environment())
+    assert done.returncode == 2
+    assert "config.kernels = 'triton': must be one of auto, xla, reference" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
