@@ -11,10 +11,12 @@ NOTEBOOKS := $(shell grep -l "^. jupyter:" analysis/*.py)
 
 .PHONY: demo notebooks test test-fast test-all lint format types clean
 
-# An IsoFLOP sweep of a Transformer on real text, the Chinchilla surface and the IsoFLOP optimum, report.html.
+# Three families at equal compute on real text: an IsoFLOP sweep of each, their laws, and what each needs of the
+# Transformer's compute; report.html.
+DEMO := isoflop:families=transformer:xlstm:lightning,budgets=8e10:1.3e11:2.1e11,sizes=4,ratio=30
 demo: .venv/installed
-	$(BIN)/scalelab sweep --config=isoflop --name=demo --runs=demo --jobs=$(JOBS)
-	$(BIN)/scalelab report demo/sweeps/demo.json --out=report.html --title="IsoFLOP sweep: a byte-level Transformer on Python's standard library"
+	$(BIN)/scalelab sweep --config=$(DEMO) --name=demo --runs=demo --jobs=$(JOBS)
+	$(BIN)/scalelab report demo/sweeps/demo.json --out=report.html --title="Transformer, xLSTM and Lightning attention at equal compute, on the source of Python's standard library"
 
 # analysis/*.py as notebooks with their outputs beside them. They look for published tables in $$SCALELAB_DATA.
 notebooks: .venv/installed-dev

@@ -5,7 +5,6 @@ python analysis/demo_figure.py demo/sweeps/demo.json docs/demo.png
 
 import sys
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -14,15 +13,24 @@ from scalelab import laws, plots, records
 
 def main(sweep: str, out: str) -> None:
     table = records.load(sweep)
-    fit, parabolas = laws.fit("chinchilla", table), laws.isoflop(table)
-    cost = laws.flops_per_token(table["params"], table["tokens"], table["flops"])
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    families = {str(name): rows for name, rows in table.groupby("family", sort=False)}
+    first = "transformer"
+    families = {first: families.pop(first), **families}
+    cost = {
+        name: laws.flops_per_token(rows["params"], rows["tokens"], rows["flops"]) for name, rows in families.items()
+    }
+    found = laws.compare(families, law="chinchilla", cost=cost)
+    figure = Figure(figsize=(4 * (len(families) + 1), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    plots.isoflop(table, parabolas, left)
-    compute = np.geomspace(0.7 * table["flops"].min(), 10 * table["flops"].max(), 50)
-    fits = {"Chinchilla surface": fit, "IsoFLOP parabolas": parabolas}
-    plots.allocation(fits, compute, [middle, right], flops_per_param_token=cost)
+    *isoflops, last = figure.subplots(1, len(families) + 1)
+    for ax, (name, rows) in zip(isoflops, families.items(), strict=True):
+        plots.isoflop(rows, laws.isoflop(rows), ax)
+        ax.set_title(name, pad=22)
+        ax.set_ylabel(ax.get_ylabel() if ax is isoflops[0] else "")
+    low, high = table["loss"].min(), table["loss"].max()
+    for ax in isoflops:
+        ax.set_ylim(low - 0.08 * (high - low), high + 0.05 * (high - low))
+    found.plot.multiplier(last)
     figure.savefig(out, dpi=110)
 
 
