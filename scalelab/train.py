@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -70,10 +71,13 @@ def resolve(config: Config, corpus: data.Corpus) -> Config:
 
 
 def make_nll(
-    config: Config, model: Config, bos: int, *, training: bool = False, shards: int = 1
+    config: Config, model: Config, bos: int, *, training: bool = False, mesh: Mesh | None = None
 ) -> Callable[[Any, Int[Array, "B T+1"]], tuple[Float[Array, "B T"], Float[Array, "B T"], Any]]:
     """(params, rows) -> negative log-likelihood in nats and log-sum-exp of the logits, per target token, and aux."""
-    way = {"training": training, "shards": shards, "kernels": config.kernels, "unroll": unrolled(config)}
+    way: dict[str, Any] = {"training": training, "kernels": config.kernels, "unroll": unrolled(config)}
+    if mesh is not None and mesh.size > 1:
+        # XLA splits its own forms by itself, and on a CPU there are no others.
+        way |= {"shards": mesh.size, "mesh": mesh if jax.default_backend() != "cpu" else None}
     graphdef, _ = models.abstract(model, **way)
 
     def nll(params: Any, rows: Int[Array, "B T+1"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Any]:
@@ -162,8 +166,7 @@ class Trainer:
         rules = rules and start.part(rules, self.trained)
         self.optimizer = optim.optimizer(config.optim, start.part(mask, self.trained), rules)
         nll, training_nll = (
-            make_nll(config, self.model, corpus.bos, training=training, shards=self.mesh.size)
-            for training in (False, True)
+            make_nll(config, self.model, corpus.bos, training=training, mesh=self.mesh) for training in (False, True)
         )
         everywhere = sharding.replicated(self.mesh)
         step = make_step(config, self.model, training_nll, self.optimizer, self.trained)

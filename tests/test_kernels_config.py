@@ -31,7 +31,9 @@ def test_what_cannot_be_is_one_line(tmp_path):
     conf = finish(base(), {**TINY, "kernels": "cudnn"})
     with pytest.raises(BadInput, match=r"config.kernels = 'cudnn': attention: .*takes bfloat16 and float16"):
         train.Trainer(conf, data.open(conf.data))
-    done = scalelab("train", *arguments(small_corpus(tmp_path / "text"), kernels="triton"), cwd=tmp_path, env=environment())
+    done = scalelab(
+        "train", *arguments(small_corpus(tmp_path / "text"), kernels="triton"), cwd=tmp_path, env=environment()
+    )
     assert done.returncode == 2
     assert "config.kernels = 'triton': must be one of auto, xla, reference" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

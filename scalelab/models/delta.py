@@ -58,8 +58,7 @@ class DeltaMixer(LinearMixer):
         o = self.options
         beta = (1 + o.negative) * jax.nn.sigmoid(linear(x, self.weight("beta")).astype(jnp.float32))
         q, k = unit(q, q.shape[-1] ** -0.5), unit(k, 1.0)
-        g, kernels = self.log_decay(x), self.spec.kernels
-        return delta_rule.delta_rule(q, k, v, beta, g, S, reset, chunk=o.chunk, kernels=kernels)
+        return self.per_row(delta_rule.delta_rule, chunk=o.chunk)(q, k, v, beta, self.log_decay(x), S, reset)
 
     def log_decay(self, x: Array) -> Float[Array, "B T H"] | None:
         return None

@@ -246,8 +246,7 @@ class GLA(LinearMixer):
         raw = linear(linear(x, self.weight("decay_in")), self.weight("decay_out"))
         g = jax.nn.log_sigmoid(raw.astype(jnp.float32) + self.exact("decay_bias")) / GATE_DIVISOR
         q = q * q.shape[-1] ** -0.5
-        o, kernels = self.options, self.spec.kernels
-        return gla.gla(q, k, v, g.reshape(q.shape), S, reset, chunk=o.chunk, kernels=kernels)
+        return self.per_row(gla.gla, chunk=self.options.chunk)(q, k, v, g.reshape(q.shape), S, reset)
 
     def read(self, x: Float[Array, "B T D"], o: Float[Array, "B T H dv"]) -> Float[Array, "B T H*dv"]:
         return gated_head_norm(o, linear(x, self.weight("gate")), self.exact("norm"), self.spec.norm_eps)
@@ -313,8 +312,7 @@ class Lightning(LinearMixer):
         self, x: Array, q: Array, k: Array, v: Array, S: Array | None, reset: Bool[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
         decay = jnp.broadcast_to(-jax.lax.stop_gradient(self.exact("slopes")), v.shape[:3])
-        o, kernels = self.options, self.spec.kernels
-        return gated_recurrence.gated_recurrence(q, k, v, decay, S, reset, chunk=o.chunk, kernels=kernels)
+        return self.per_row(gated_recurrence.gated_recurrence, chunk=self.options.chunk)(q, k, v, decay, S, reset)
 
     def read(self, x: Float[Array, "B T D"], o: Float[Array, "B T H dv"]) -> Float[Array, "B T H*dv"]:
         normed = rms_norm(o.reshape(*o.shape[:2], -1), self.exact("norm"), self.spec.norm_eps)

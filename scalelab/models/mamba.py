@@ -116,7 +116,7 @@ class Mamba(Mixer):
         )
         rank, B, C = jnp.split(linear(u, self.weight("x")), [R, R + o.state], axis=-1)
         dt = jax.nn.softplus(linear(rank, self.weight("dt")).astype(jnp.float32) + self.exact("dt_bias"))
-        y, h = selective_scan.selective_scan(
+        y, h = self.per_row(selective_scan.selective_scan, shared=(2,), chunk=o.chunk)(
             u,
             dt,
             -jnp.exp(self.exact("A_log")),
@@ -124,8 +124,6 @@ class Mamba(Mixer):
             C,
             before["h"] if state is not None else None,
             beginnings(segment_ids, before["segment"] if state is not None else None),
-            chunk=o.chunk,
-            kernels=self.spec.kernels,
         )
         y = gated(y, u, z, self.weight("D"))
         after = None
@@ -250,15 +248,13 @@ class Mamba2(Mixer):
         u = u.reshape(B, T, H, o.head_dim)
         k, q = (a.reshape(B, T, o.groups, o.state) for a in (k, q))
         dt, decay = self._rates(x)
-        y, S = gated_recurrence.gated_recurrence(
+        y, S = self.per_row(gated_recurrence.gated_recurrence, chunk=o.chunk)(
             q,
             k,
             (dt[..., None] * u).astype(u.dtype),
             decay,
             before["S"] if state is not None else None,
             beginnings(segment_ids, before["segment"] if state is not None else None),
-            chunk=o.chunk,
-            kernels=self.spec.kernels,
         )
         y = y + self.weight("D")[:, None] * u
         after = None

@@ -6,11 +6,14 @@ static method of the config, so that planning builds no module.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.devices import per_device
 from scalelab.models.spec import Flops, Spec
 from scalelab.parametrization import Source, Tensor, with_base
 
@@ -48,6 +51,11 @@ class Part(nnx.Module):
     def exact(self, name: str) -> Array:
         """A parameter in float32."""
         return getattr(self, name)[...]
+
+    def per_row(self, op: Callable[..., Any], *, shared: tuple[int, ...] = (), **options: Any) -> Callable[..., Any]:
+        """An operation of `pallas_kernels` on rows of the batch, as this pass wants it run; arguments at the positions
+        `shared` have no rows."""
+        return per_device(partial(op, kernels=self.spec.kernels, **options), self.spec.mesh, shared)
 
 
 class Mixer(Part):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from scalelab.errors import BadInput
 from scalelab.parametrization import ALPHA, Init
@@ -55,11 +56,12 @@ class Spec:
     embed_multiplier: float
     logit_multiplier: float
     # Not of the model, but of the pass: whether it is a training one, how many devices share the batch, which
-    # implementations of the kernels it takes (`pallas_kernels.dispatch`), and how many of the repeats the program
-    # writes out one by one.
+    # implementations of the kernels it takes (`pallas_kernels.dispatch`), the mesh where kernels are to be told of
+    # those devices (`pallas_kernels.devices`), and how many of the repeats the program writes out one by one.
     training: bool = False
     shards: int = 1
     kernels: str = "auto"
+    mesh: Mesh | None = None
     unroll: int = 1
 
     @property

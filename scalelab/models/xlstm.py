@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -162,7 +163,7 @@ class MLSTM(Mixer):
     ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None, dict[str, Any]]:
         q, k, v = (linear(x, self.weight(name)) for name in "qkv")
         i, f = (self._gate(x, name) for name in "if")
-        h, after = run_cell(q, k, v, i, f, state, segment_ids, self.options.chunk, self.spec.kernels)
+        h, after = run_cell(self.per_row(mlstm.mlstm, chunk=self.options.chunk), q, k, v, i, f, state, segment_ids)
         h = head_norm(h, self.exact("norm"), self.spec.norm_eps)
         y = output_gate(linear(x, self.weight("o")), h)
         return linear(y, self.weight("out")), after, {}
@@ -187,13 +188,14 @@ def output_gate(o: Array, h: Array) -> Array:
 
 
 def run_cell(
-    q: Array, k: Array, v: Array, i: Array, f: Array,
-    state: dict[str, Array] | None, segment_ids: Int[Array, "B T"] | None, chunk: int, kernels: str,
+    cell: Callable[..., Any], q: Array, k: Array, v: Array, i: Array, f: Array,
+    state: dict[str, Array] | None, segment_ids: Int[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T H dv"], dict[str, Array] | None]:  # fmt: skip
-    """The cell over a piece of text, and the state after it where there was one before."""
+    """The cell (`mlstm.mlstm`, as a pass wants it run) over a piece of text, and the state after it where there was one
+    before."""
     before = None if state is None else mlstm.State(state["C"], state["n"], state["m"])
     reset = beginnings(segment_ids, None if state is None else state["segment"])
-    h, after = mlstm.mlstm(q, k, v, i, f, before, reset, chunk=chunk, kernels=kernels)
+    h, after = cell(q, k, v, i, f, before, reset)
     if state is None:
         return h, None
     return h, {**after._asdict(), "segment": state["segment"] if segment_ids is None else segment_ids[:, -1]}
@@ -287,7 +289,7 @@ class MLSTMUp(Mixer):
         qkv = jnp.concatenate([q, k, v], axis=-1).astype(jnp.float32)
         i, f = (linear(qkv, self.exact(name)) + self.exact(f"{name}_bias") for name in "if")
         q, k, v = (a.reshape(B, T, H, E // H) for a in (q, k, v))
-        h, after = run_cell(q, k, v, i, f, state, segment_ids, o.chunk, self.spec.kernels)
+        h, after = run_cell(self.per_row(mlstm.mlstm, chunk=o.chunk), q, k, v, i, f, state, segment_ids)
         if after is not None:
             after |= {"conv": past, "conv_segments": past_segments}
         h = head_norm(h, self.exact("norm"), self.spec.norm_eps)

@@ -37,3 +37,34 @@ def test_rows_on_eight_devices():
     command = [sys.executable, "-c", CHECK]
     done = subprocess.run(command, env=with_devices(8), capture_output=True, text=True, timeout=120)
     assert "same" in done.stdout, done.stderr
+
+
+MODEL = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from scalelab import models, recipe
+from scalelab.config import base, override
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+tokens = np.random.default_rng(0).integers(1, 30, size=(8, 12)).astype(np.int32)
+segments = np.cumsum(np.random.default_rng(1).random((8, 12)) < 0.2, axis=1).astype(np.int32)
+for family in ("mamba", "mamba2", "xlstm", "gla", "deltanet", "lightning"):
+    fixed = {"model.vocab_size": 32, "model.compute_dtype": "float32"}
+    config = override(base(), {**recipe.shape(family, 16), **fixed}).model
+    params = models.init(config, jax.random.key(0))
+    found = {}
+    for way in ({}, {"mesh": mesh, "shards": 8}):
+        graphdef, _ = models.abstract(config, **way)
+        def loss(params, tokens, segments):
+            return jnp.sum(models.merge(graphdef, params).nll(tokens, tokens, segments)[0])
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        found[bool(way)] = jax.jit(jax.grad(loss))(params, *jax.device_put((tokens, segments), rows))
+    for a, b in zip(*(jax.tree.leaves(found[way]) for way in (True, False))):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+print("same")
+"""
+
+
+def test_models_told_of_their_mesh_have_the_same_gradients():
+    command = [sys.executable, "-c", MODEL]
+    done = subprocess.run(command, env=with_devices(8), capture_output=True, text=True, timeout=300)
+    assert "same" in done.stdout, done.stderr
