@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
@@ -25,10 +27,19 @@ def selective_scan(
     counts as zero.
 
     All arithmetic is float32. FLOPs: 7 E N a token (dt A, exp, (dt u) B, multiply-add, multiply-add with C) plus E.
-    Memory between the passes: the states at the borders of chunks, T / Q of them; the backward pass runs each chunk
-    again. Source: Gu & Dao 2023 (arXiv 2312.00752).
+    Memory between the passes: the states at the borders of chunks, T / Q of them (Q = `chunk`; 64 in the kernel for
+    GPUs); the backward pass runs each chunk again, the kernel for GPUs twice. Source: Gu & Dao 2023 (arXiv 2312.00752).
     """
-    if dispatch.choose("selective_scan", kernels, {}) == "reference":
+    choice = dispatch.choose("selective_scan", kernels, {"mosaic_gpu": lambda: _gpu().refusal(u, A)})
+    if choice == "reference":
         out, final = reference.selective_scan(u, dt, A, B, C, state, reset)
         return out.astype(u.dtype), final
+    if choice == "mosaic_gpu":
+        return _gpu().selective_scan(u, dt, A, B, C, state, reset)
     return xla.selective_scan(u, dt, A, B, C, state, reset, chunk)
+
+
+def _gpu() -> ModuleType:
+    from pallas_kernels.selective_scan import gpu  # not above: it needs a JAX with Mosaic GPU
+
+    return gpu
