@@ -1,4 +1,4 @@
-"""The scan on Hopper, in Mosaic GPU: one warpgroup walks all tokens of `BLOCK` channels of a row, its states in registers.
+"""The scan on Hopper, in Mosaic GPU: a warpgroup walks all tokens of `BLOCK` channels of a row, states in registers.
 
 No matrix unit helps. The states of a block, (channels, N), are spread over 4 warps, then over 8 x 4 lanes, so that the
 sum over N of the output and the sum over channels of dB and dC are both partly inside a thread; channels are kept as
@@ -6,9 +6,9 @@ sum over N of the output and the sum over channels of dB and dC are both partly 
 two in flight.
 
 The forward pass writes the state before every tile. The backward pass walks the tiles from the last to the first: it
-runs the tile forward again and keeps the states before every `SPAN` tokens in shared memory, then takes these spans from
-the last to the first, each once more forward, its states and decays in registers, and then backward. dB and dC are
-sums over channels: inside a block here, over the blocks in XLA.
+runs the tile forward again and keeps the states before every `SPAN` tokens in shared memory, then takes these spans
+from the last to the first, each once more forward, its states and decays in registers, and then backward. dB and dC
+are sums over channels: inside a block here, over the blocks in XLA.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def folded(kernel: Any) -> Any:
     return call
 
 
-# ------------------------------------------------------------------------------------------------ what both passes share
+# ----------------------------------------------------------------------------------------------- what both passes share
 
 
 def layout(block: int, N: int, lanes: int) -> Any:

@@ -7,8 +7,9 @@ With x the block's normed input and c = silu(conv(x)); every map is head-wise, d
     c_t = exp(logsig(raw_f) + m_{t-1} - m_t) c_{t-1} + exp(raw_i - m_t) tanh(raw_z)     (n alike, with 1)
     h_t = sigma(raw_o) c_t / n_t                out = LayerNorm inside each head of h, a gain per channel
 
-There is no parallel form. Gates and states are float32, the recurrent products too. R and the biases start at zero but
-for the forget bias (`xlstm.forget_bias`); the maps N(0, 2 / (5 D)). A gated MLP with exact GELU goes with it.
+There is no parallel form (`pallas_kernels.slstm`). Gates and states are float32, the recurrent products too. R and the
+biases start at zero but for the forget bias (`xlstm.forget_bias`); the maps N(0, 2 / (5 D)). A gated MLP with exact
+GELU goes with it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import slstm
+from pallas_kernels.slstm.xla import EMPTY
 from scalelab.errors import BadInput
 from scalelab.models.part import Mixer
 from scalelab.models.sequence import beginnings, no_past, short_conv
@@ -29,7 +31,6 @@ from scalelab.parametrization import Tensor, uniform
 from scalelab.schema import at_least
 
 GATES = "ifzo"
-EMPTY = -1e30  # m of an empty state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +102,17 @@ class SLSTM(Mixer):
             + self.exact(f"{gate}_bias").reshape(H, D // H)
             for gate, a in zip(GATES, (c, c, x, x), strict=True)
         ]
-        reset = beginnings(segment_ids, before["segment"] if state is not None else None)
-        reset = jnp.zeros((B, T), bool) if reset is None else reset
-        cell = {name: before[name].reshape(B, H, D // H) for name in "hcnm"}
-        cell, h = scan_cell(cell, jnp.stack(inputs, axis=2), self.exact("recurrent"), reset)
+        h, cell = slstm.slstm(
+            jnp.stack(inputs, axis=2),
+            self.exact("recurrent"),
+            slstm.State(*(before[name].reshape(B, H, D // H) for name in "hcnm")),
+            beginnings(segment_ids, before["segment"] if state is not None else None),
+            kernels=self.spec.kernels,
+        )
         after = None
         if state is not None:
             last = before["segment"] if segment_ids is None else segment_ids[:, -1]
-            after = {name: a.reshape(B, D) for name, a in cell.items()}
+            after = {name: a.reshape(B, D) for name, a in cell._asdict().items()}
             after |= {"conv": past, "conv_segments": past_segments, "segment": last}
         return head_norm(h.astype(x.dtype), self.exact("norm"), self.spec.norm_eps), after, {}
 
@@ -123,27 +127,3 @@ class SLSTM(Mixer):
         y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
         assert after is not None
         return y[:, 0], after
-
-
-def scan_cell(
-    cell: dict[str, Float[Array, "B H d"]],
-    inputs: Float[Array, "B T 4 H d"],
-    recurrent: Float[Array, "4 H d d"],
-    reset: Array,
-) -> tuple[dict[str, Array], Float[Array, "B T H d"]]:
-    """The cell token by token. m is a constant to the backward pass: h does not depend on it."""
-
-    def token(cell: dict[str, Array], x: Any) -> tuple[dict[str, Array], Array]:
-        gates, new = x
-        fresh = {"h": 0.0, "c": 0.0, "n": 0.0, "m": EMPTY}
-        h, c, n, m = (jnp.where(new[:, None, None], fresh[name], cell[name]) for name in "hcnm")
-        i, f, z, o = jnp.moveaxis(gates, 1, 0) + jnp.einsum("bhd,ghde->gbhe", h, recurrent)
-        log_f = jax.nn.log_sigmoid(f)
-        m_t = jax.lax.stop_gradient(jnp.maximum(log_f + m, i))
-        keep, add = jnp.exp(log_f + m - m_t), jnp.exp(i - m_t)
-        c, n = keep * c + add * jnp.tanh(z), keep * n + add
-        h = jax.nn.sigmoid(o) * c / n
-        return {"h": h, "c": c, "n": n, "m": m_t}, h
-
-    cell, h = jax.lax.scan(token, cell, (jnp.moveaxis(inputs, 1, 0), jnp.moveaxis(reset, 1, 0)))
-    return cell, jnp.moveaxis(h, 0, 1)
