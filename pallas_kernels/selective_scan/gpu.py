@@ -6,7 +6,7 @@ sum over N of the output and the sum over channels of dB and dC are both partly 
 two in flight.
 
 The forward pass writes the state before every tile. The backward pass walks the tiles from the last to the first: it
-runs the tile forward again and keeps the states before every `SPAN` tokens in shared memory, then takes these spans
+runs the tile forward again and keeps the states before every few (`span`) in shared memory, then takes these spans
 from the last to the first, each once more forward, its states and decays in registers, and then backward. dB and dC
 are sums over channels: inside a block here, over the blocks in XLA.
 """
@@ -30,9 +30,9 @@ from pallas_kernels import compat, dispatch
 F32 = jnp.float32
 WARPS = 4
 LANES = 4  # lanes of a warp that share a channel
-BLOCK = 64  # channels of a thread block, a warp has a quarter
+BLOCK = 64  # channels of a thread block
+WIDTH = BLOCK // WARPS  # of them, a warp's
 TILE = 32  # tokens staged at a time; the state before each tile is kept for the backward pass
-SPAN = 8  # tokens whose states and decays the backward pass holds in registers; half at most for N = 32
 LARGEST_STATE = 32
 NEVER = -1e30  # the exponent of a decay that forgets all
 
@@ -112,11 +112,17 @@ def folded(kernel: Any) -> Any:
 # ----------------------------------------------------------------------------------------------- what both passes share
 
 
-def layout(block: int, N: int, lanes: int) -> Any:
-    """Of (4 warps, channels, N): `lanes` lanes share a channel, each has some neighbouring states of some neighbouring
+def span(N: int) -> int:
+    """Tokens that are written out one after the other, so that one's loads and sums hide behind another's arithmetic.
+    The backward pass holds their states and decays in registers, of which more states leave fewer."""
+    return min(8, 128 // N)
+
+
+def layout(N: int) -> Any:
+    """Of (4 warps, channels, N): `LANES` lanes share a channel, each has some neighbouring states of some neighbouring
     channels."""
-    channels, states = block // WARPS * lanes // 32, N // lanes
-    tiles = ((WARPS, block // WARPS, N), (channels, states)) + (((4,),) if states > 4 else ())
+    channels, states = WIDTH * LANES // 32, N // LANES
+    tiles = ((WARPS, WIDTH, N), (channels, states)) + (((4,),) if states > 4 else ())
     shift = len(tiles) - 2
     whole = TiledLayout(
         plgpu.Tiling(tiles), (-5 - shift,), (-4 - shift, -3 - shift), -1, _check_canonical=False
@@ -129,9 +135,9 @@ def over(v: Array, shape: tuple[int, ...], *axes: int) -> Array:
     return lax.broadcast_in_dim(v, shape, axes)
 
 
-def by_warp(a: Array, block: int, axis: int) -> Array:
-    """Channels along `axis` become (groups, channels of a warp)."""
-    return a.reshape(*a.shape[:axis], -1, block // WARPS, *a.shape[axis + 1 :])
+def by_warp(a: Array, axis: int) -> Array:
+    """Channels along `axis` become (warps, channels of a warp)."""
+    return a.reshape(*a.shape[:axis], -1, WIDTH, *a.shape[axis + 1 :])
 
 
 def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int]) -> Any:
@@ -151,16 +157,16 @@ def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int]) 
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
-def forward(u, dt, A, B, C, start, forget, keep, *, block=BLOCK, tile=TILE, lanes=LANES, group=4):
+def forward(u, dt, A, B, C, start, forget, keep):
     """(y, final state, and where `keep` the state before each tile)."""
     args = [u, dt, A * math.log2(math.e), B, C, start] + ([] if forget is None else [forget])
-    return folded(functools.partial(_forward, keep=keep, block=block, tile=tile, lanes=lanes, group=group))(*args)
+    return folded(functools.partial(_forward, keep=keep))(*args)
 
 
-def _forward(u, dt, A, B, C, start, *forget, keep, block, tile, lanes, group):
+def _forward(u, dt, A, B, C, start, *forget, keep):
     (rows, T, E), N = u.shape, A.shape[2]
-    tiles, members, shape = T // tile, rows // A.shape[0], (WARPS, block // WARPS, N)
-    spread = layout(block, N, lanes)
+    tiles, members, shape = T // TILE, rows // A.shape[0], (WARPS, WIDTH, N)
+    spread, group = layout(N), span(N)
 
     def kernel(*refs):
         u_g, dt_g, A_g, B_g, C_g, start_g, *refs = refs
@@ -172,7 +178,7 @@ def _forward(u, dt, A, B, C, start, *forget, keep, block, tile, lanes, group):
         mine = pl.ds(b * WARPS, WARPS)
 
         def fetch(i, slot):
-            tokens = pl.ds(i * tile, tile)
+            tokens = pl.ds(i * TILE, TILE)
             pairs = [(u_g.at[row, tokens, mine], u_s), (dt_g.at[row, tokens, mine], dt_s)]
             pairs += [(B_g.at[row, tokens], B_s), (C_g.at[row, tokens], C_s)]
             pairs += [(g.at[row, tokens], s) for g, s in zip(forget_g, forget_s, strict=True)]
@@ -212,9 +218,9 @@ def _forward(u, dt, A, B, C, start, *forget, keep, block, tile, lanes, group):
                 h_s[...] = h
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(h_s, states_g.at[row, i, mine])
-            h = lax.fori_loop(0, tile // group, lambda k, h: some_tokens(slot, k * group, h), h)
+            h = lax.fori_loop(0, TILE // group, lambda k, h: some_tokens(slot, k * group, h), h)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_s, y_g.at[row, pl.ds(i * tile, tile), mine])
+            plgpu.copy_smem_to_gmem(y_s, y_g.at[row, pl.ds(i * TILE, TILE), mine])
 
             @pl.when(i + 2 < tiles)
             def _():
@@ -229,35 +235,33 @@ def _forward(u, dt, A, B, C, start, *forget, keep, block, tile, lanes, group):
         plgpu.copy_smem_to_gmem(h_s, final_g.at[row, mine])
         plgpu.wait_smem_to_gmem(0)
 
-    warps, width = E * WARPS // block, block // WARPS
-    out = [((rows, T, warps, width), u.dtype), ((rows, warps, width, N), F32)]
-    out += [((rows, tiles, warps, width, N), F32)] if keep else []
-    scratch = [plgpu.SMEM((2, tile, WARPS, width), a.dtype) for a in (u, dt)]
-    scratch += [plgpu.SMEM((2, tile, N), F32) for _ in "BC"]
-    scratch += [plgpu.SMEM((tile, WARPS, width), u.dtype), plgpu.SMEM(shape, F32)]
+    warps = E // WIDTH
+    out = [((rows, T, warps, WIDTH), u.dtype), ((rows, warps, WIDTH, N), F32)]
+    out += [((rows, tiles, warps, WIDTH, N), F32)] if keep else []
+    scratch = [plgpu.SMEM((2, TILE, WARPS, WIDTH), a.dtype) for a in (u, dt)]
+    scratch += [plgpu.SMEM((2, TILE, N), F32) for _ in "BC"]
+    scratch += [plgpu.SMEM((TILE, WARPS, WIDTH), u.dtype), plgpu.SMEM(shape, F32)]
     scratch += [plgpu.Barrier(num_arrivals=4 + len(forget), num_barriers=2)]
-    scratch += [plgpu.SMEM((2, tile), F32) for _ in forget]
-    run = launch(kernel, "selective_scan_forward", out, scratch, (rows, E // block))
-    y, final, *states = run(
-        *(by_warp(a, block, 2) for a in (u, dt)), by_warp(A, block, 1), B, C, by_warp(start, block, 1), *forget
-    )
+    scratch += [plgpu.SMEM((2, TILE), F32) for _ in forget]
+    run = launch(kernel, "selective_scan_forward", out, scratch, (rows, E // BLOCK))
+    y, final, *states = run(*(by_warp(a, 2) for a in (u, dt)), by_warp(A, 1), B, C, by_warp(start, 1), *forget)
     return [y.reshape(u.shape), final.reshape(start.shape), *(s.reshape(rows, tiles, E, N) for s in states)]
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
 
 
-def backward(u, dt, A, B, C, states, dy, d_final, forget, *, block=BLOCK, tile=TILE, lanes=LANES, span=None):
+def backward(u, dt, A, B, C, states, dy, d_final, forget):
     """(du, d dt, dA for each row, dB and dC for each block, d start), dB and dC with the blocks as second axis."""
     args = [u, dt, A, B, C, states, dy, d_final] + ([] if forget is None else [forget])
-    return folded(functools.partial(_backward, block=block, tile=tile, lanes=lanes, span=span))(*args)
+    return folded(_backward)(*args)
 
 
-def _backward(u, dt, A, B, C, states, dy, d_final, *forget, block, tile, lanes, span):
+def _backward(u, dt, A, B, C, states, dy, d_final, *forget):
     (rows, T, E), N = u.shape, A.shape[2]
-    tiles, members, shape = T // tile, rows // A.shape[0], (WARPS, block // WARPS, N)
-    span = span or min(SPAN, SPAN * 16 // N)
-    spread, spans = layout(block, N, lanes), tile // span
+    tiles, members, shape = T // TILE, rows // A.shape[0], (WARPS, WIDTH, N)
+    spread, group = layout(N), span(N)
+    spans = TILE // group
 
     def kernel(*refs):
         u_g, dt_g, A_g, B_g, C_g, states_g, dy_g, d_final_g, *refs = refs
@@ -268,7 +272,7 @@ def _backward(u, dt, A, B, C, states, dy, d_final, *forget, block, tile, lanes, 
         mine = pl.ds(b * WARPS, WARPS)
 
         def fetch(i, slot):
-            tokens = pl.ds(i * tile, tile)
+            tokens = pl.ds(i * TILE, TILE)
             pairs = [(g.at[row, tokens, mine], s) for g, s in ((u_g, u_s), (dt_g, dt_s), (dy_g, dy_s))]
             pairs += [(B_g.at[row, tokens], B_s), (C_g.at[row, tokens], C_s)]
             pairs += [(g.at[row, tokens], s) for g, s in zip(forget_g, forget_s, strict=True)]
@@ -296,19 +300,19 @@ def _backward(u, dt, A, B, C, states, dy, d_final, *forget, block, tile, lanes, 
 
         def keep_spans(slot, k, h):
             kept_s[k] = h
-            for t in range(span):
-                _, h = token(slot, k * span + t, h)
+            for t in range(group):
+                _, h = token(slot, k * group + t, h)
             return h
 
         def one_span(slot, k, carry):
             g, dA = carry
-            h, first, states, decays = read(kept_s.at[k]), k * span, [], []
+            h, first, states, decays = read(kept_s.at[k]), k * group, [], []
             states.append(h)
-            for t in range(span):
+            for t in range(group):
                 a, h = token(slot, first + t, h)
                 states.append(h)
                 decays.append(a)
-            for t in reversed(range(span)):
+            for t in reversed(range(group)):
                 now = first + t
                 step, x = read(dt_s.at[slot, now], 2), read(u_s.at[slot, now], 2).astype(F32)
                 dy = over(read(dy_s.at[slot, now], 2).astype(F32), shape, 0, 1)
@@ -333,7 +337,7 @@ def _backward(u, dt, A, B, C, states, dy, d_final, *forget, block, tile, lanes, 
             for part, total in ((dB_s, 0), (dC_s, 1)):
                 sums_s[total] = sum((plgpu.load(part.at[w], optimized=False) for w in range(1, WARPS)), part[0])
             plgpu.commit_smem()
-            tokens = pl.ds(place * tile, tile)
+            tokens = pl.ds(place * TILE, TILE)
             plgpu.copy_smem_to_gmem(du_s, du_g.at[row, tokens, mine])
             plgpu.copy_smem_to_gmem(ddt_s, ddt_g.at[row, tokens, mine])
             plgpu.copy_smem_to_gmem(sums_s.at[0], dB_g.at[row, b, tokens])
@@ -354,18 +358,18 @@ def _backward(u, dt, A, B, C, states, dy, d_final, *forget, block, tile, lanes, 
             plgpu.copy_smem_to_gmem(kept_s.at[k], g_ref.at[row, mine])
         plgpu.wait_smem_to_gmem(0)
 
-    warps, width, blocks = E * WARPS // block, block // WARPS, E // block
-    out = [((rows, T, warps, width), u.dtype), ((rows, T, warps, width), F32), ((rows, warps, width, N), F32)]
-    out += [((rows, blocks, T, N), F32) for _ in "BC"] + [((rows, warps, width, N), F32)]
-    scratch = [plgpu.SMEM((2, tile, WARPS, width), a.dtype) for a in (u, dt, dy)]
-    scratch += [plgpu.SMEM((2, tile, N), F32) for _ in "BC"] + [plgpu.SMEM((2, *shape), F32)]
-    scratch += [plgpu.SMEM((tile, WARPS, width), dtype) for dtype in (u.dtype, F32)]
-    scratch += [plgpu.SMEM((WARPS, tile, N), F32) for _ in "BC"]
-    scratch += [plgpu.SMEM((max(2, spans), *shape), F32), plgpu.SMEM((2, tile, N), F32)]
+    warps, blocks = E // WIDTH, E // BLOCK
+    out = [((rows, T, warps, WIDTH), u.dtype), ((rows, T, warps, WIDTH), F32), ((rows, warps, WIDTH, N), F32)]
+    out += [((rows, blocks, T, N), F32) for _ in "BC"] + [((rows, warps, WIDTH, N), F32)]
+    scratch = [plgpu.SMEM((2, TILE, WARPS, WIDTH), a.dtype) for a in (u, dt, dy)]
+    scratch += [plgpu.SMEM((2, TILE, N), F32) for _ in "BC"] + [plgpu.SMEM((2, *shape), F32)]
+    scratch += [plgpu.SMEM((TILE, WARPS, WIDTH), dtype) for dtype in (u.dtype, F32)]
+    scratch += [plgpu.SMEM((WARPS, TILE, N), F32) for _ in "BC"]
+    scratch += [plgpu.SMEM((max(2, spans), *shape), F32), plgpu.SMEM((2, TILE, N), F32)]
     scratch += [plgpu.Barrier(num_arrivals=6 + len(forget), num_barriers=2)]
-    scratch += [plgpu.SMEM((2, tile), F32) for _ in forget]
+    scratch += [plgpu.SMEM((2, TILE), F32) for _ in forget]
     run = launch(kernel, "selective_scan_backward", out, scratch, (rows, blocks))
-    wide = [by_warp(a, block, 2) for a in (u, dt, dy)]
-    tall = [by_warp(A * math.log2(math.e), block, 1), by_warp(states, block, 2), by_warp(d_final, block, 1)]
+    wide = [by_warp(a, 2) for a in (u, dt, dy)]
+    tall = [by_warp(A * math.log2(math.e), 1), by_warp(states, 2), by_warp(d_final, 1)]
     du, ddt, dA, dB, dC, d_start = run(*wide[:2], tall[0], B, C, tall[1], wide[2], tall[2], *forget)
     return [du.reshape(u.shape), ddt.reshape(dt.shape), dA.reshape(rows, E, N), dB, dC, d_start.reshape(rows, E, N)]

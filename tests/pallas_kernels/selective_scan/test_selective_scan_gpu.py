@@ -12,6 +12,14 @@ if not compat.MOSAIC_GPU:
     pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}", allow_module_level=True)
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Interpretation is slow."""
+    from pallas_kernels.selective_scan import gpu
+
+    monkeypatch.setattr(gpu, "TILE", 8)
+
+
 def inputs(B, T, E, N, dtype=jnp.float32, rates="mild", seed=0):
     rng = np.random.default_rng(seed)
     low, high = {"mild": (1e-3, 1.0), "fast": (5.0, 60.0), "still": (0.0, 1e-6)}[rates]
@@ -37,14 +45,13 @@ def kernel(*args):
 @pytest.mark.parametrize(
     ("shape", "dtype", "rates", "documents"),
     [
-        ((1, 1, 3, 1), jnp.float32, "mild", False),  # one token, less than a block of channels
-        ((2, 35, 70, 5), jnp.float32, "mild", True),  # a tile and 3 tokens
-        ((1, 32, 64, 32), jnp.float32, "fast", False),
-        ((1, 66, 64, 16), jnp.bfloat16, "mild", True),
-        ((1, 8, 64, 16), jnp.float32, "still", True),
+        ((1, 11, 70, 5), jnp.float32, "mild", True),  # a tile and 3 tokens, a block and 6 channels
+        ((1, 8, 3, 32), jnp.float32, "fast", False),  # less than a block; two spans
+        ((2, 1, 8, 16), jnp.bfloat16, "mild", True),  # one token
+        ((1, 4, 8, 8), jnp.float32, "still", True),
     ],
 )
-def test_equals_the_reference_in_values_and_all_gradients(shape, dtype, rates, documents):
+def test_equals_the_reference_in_values_and_all_gradients(small_tiles, shape, dtype, rates, documents):
     arrays, cotangents, reset = inputs(*shape, dtype, rates)
     reset = reset if documents else None
     with dispatch.interpreted():
@@ -57,9 +64,9 @@ def test_equals_the_reference_in_values_and_all_gradients(shape, dtype, rates, d
         assert float(jnp.linalg.norm(a.astype(jnp.float32) - b)) <= rough * float(jnp.linalg.norm(b)) + 1e-30
 
 
-def test_without_a_state_and_its_cotangent():
+def test_without_a_state_and_its_cotangent(small_tiles):
     """What a training step asks for: no initial state, the last one unused."""
-    (*arrays, _), (dy, _), _ = inputs(1, 20, 64, 8)
+    (*arrays, _), (dy, _), _ = inputs(1, 5, 8, 8)
 
     def loss(f):
         return jax.grad(lambda *a: jnp.sum(f(*a)[0] * dy), argnums=range(5))(*arrays)
@@ -70,10 +77,10 @@ def test_without_a_state_and_its_cotangent():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("shared", [(2,), (0, 3), ()])
-def test_a_population_equals_its_members(shared):
+@pytest.mark.parametrize("shared", [(2,), (0, 3)])
+def test_a_population_equals_its_members(small_tiles, shared):
     """Some inputs may be the same for all members."""
-    members = [inputs(1, 9, 64, 8, seed=s) for s in (1, 2)]
+    members = [inputs(1, 3, 8, 8, seed=s) for s in (1, 2)]
     arrays = [m[0][i] if i in shared else jnp.stack([m[0][i] for m in members]) for i in range(6) for m in members[:1]]
     cotangents = tuple(jnp.stack([m[1][i] for m in members]) for i in range(2))
     axes = [None if i in shared else 0 for i in range(6)]
