@@ -25,7 +25,7 @@ from jax.experimental.mosaic.gpu import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels import compat, dispatch
+from pallas_kernels import compat, dispatch, population
 
 F32 = jnp.float32
 WARPS = 4
@@ -90,25 +90,6 @@ def _scan_backward(kept, cotangents):
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def folded(kernel: Any) -> Any:
-    """A function of arrays whose first axis is the rows, which takes a population by making it more rows. A, the third
-    argument, has a row for each member of the population, or one for all."""
-    call = jax.custom_batching.custom_vmap(kernel)
-
-    @call.def_vmap
-    def rule(size: int, batched: Any, *args: Array) -> tuple[Any, Any]:
-        rows = []
-        for place, (arg, own) in enumerate(zip(args, batched, strict=True)):
-            if own or place != 2 or arg.shape[0] != 1:
-                arg = arg if own else jnp.broadcast_to(arg, (size, *arg.shape))
-                arg = arg.reshape(-1, *arg.shape[2:])
-            rows.append(arg)
-        out = [a.reshape(size, -1, *a.shape[1:]) for a in call(*rows)]
-        return out, [True] * len(out)
-
-    return call
-
-
 # ----------------------------------------------------------------------------------------------- what both passes share
 
 
@@ -160,7 +141,7 @@ def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int]) 
 def forward(u, dt, A, B, C, start, forget, keep):
     """(y, final state, and where `keep` the state before each tile)."""
     args = [u, dt, A * math.log2(math.e), B, C, start] + ([] if forget is None else [forget])
-    return folded(functools.partial(_forward, keep=keep))(*args)
+    return population.folded(functools.partial(_forward, keep=keep), shared=(2,))(*args)
 
 
 def _forward(u, dt, A, B, C, start, *forget, keep):
@@ -254,7 +235,7 @@ def _forward(u, dt, A, B, C, start, *forget, keep):
 def backward(u, dt, A, B, C, states, dy, d_final, forget):
     """(du, d dt, dA for each row, dB and dC for each block, d start), dB and dC with the blocks as second axis."""
     args = [u, dt, A, B, C, states, dy, d_final] + ([] if forget is None else [forget])
-    return folded(_backward)(*args)
+    return population.folded(_backward, shared=(2,))(*args)
 
 
 def _backward(u, dt, A, B, C, states, dy, d_final, *forget):

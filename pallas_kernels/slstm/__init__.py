@@ -21,7 +21,7 @@ class State(NamedTuple):
 
 
 def slstm(
-    gates: Float[Array, "B T 4 H d"],
+    gates: Float[Array, "B T H 4 d"],
     recurrent: Float[Array, "4 H d d"],
     state: State | None = None,
     reset: Bool[Array, "B T"] | None = None,

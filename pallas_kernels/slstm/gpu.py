@@ -5,10 +5,15 @@ gates (units, rows) = R_g (units, units before) h (units before, rows), so that 
 matrix unit's tile and R is its left operand, which may stay in registers all the time. What the warpgroups tell each
 other in a step, h forward and the gates' gradients backward, passes through shared memory in bfloat16 as a high and a
 low part, side by side as twice the rows: 16 bits of mantissa for no more time.
+
+A step is a product, then arithmetic that waits for it, then the exchange. All else happens while the matrix unit is
+busy: forward, what is written for the backward pass; backward, all that does not depend on dh.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels import compat, dispatch
+from pallas_kernels import compat, dispatch, population
 from pallas_kernels.slstm.xla import EMPTY
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -26,6 +31,7 @@ GATES = 4
 WIDTHS = (64, 128, 192)  # of a head
 UNITS = 64  # of a warpgroup: the height of the matrix unit's tile
 ROWS = 8  # of the batch in a block
+DEPTH = 64  # of a piece of a product
 WGMMA = plgpu.Layout.WGMMA
 
 
@@ -38,50 +44,74 @@ def refusal(gates: Array) -> str:
 
 
 def slstm(gates: Array, recurrent: Array, state: tuple[Array, ...] | None, reset: Array | None) -> Any:
-    """As `xla.slstm`. The batch is padded to whole tiles of rows."""
-    B, _, _, H, d = gates.shape
+    """As `xla.slstm`."""
+    B, _, H, _, d = gates.shape
     empty = jnp.zeros((B, H, d), F32)
-
-    def tiled(a: Array) -> Array:
-        """(B, ...) -> (tiles, ..., rows)."""
-        a = jnp.pad(a.astype(F32), ((0, -B % ROWS), *((0, 0),) * (a.ndim - 1)))
-        return jnp.moveaxis(a.reshape(-1, ROWS, *a.shape[1:]), 1, -1)
-
-    def untiled(a: Array) -> Array:
-        """(heads, tiles, ..., d, rows) -> (B, ..., heads, d)."""
-        a = jnp.moveaxis(a, (1, -1, 0), (0, 1, -2))
-        return a.reshape(-1, *a.shape[2:])[:B]
-
-    start = jnp.stack((empty, empty, empty, empty + EMPTY) if state is None else tuple(state), axis=1)
-    keep = None if reset is None else tiled(1.0 - reset.astype(F32))[None]
-    by_head = (jnp.moveaxis(tiled(gates), -3, 0), jnp.moveaxis(recurrent, 1, 0), jnp.moveaxis(tiled(start), -3, 0))
-    h, last = _scan(*by_head, keep)
-    last = untiled(last)
-    return untiled(h), tuple(last[:, k] for k in range(4))
+    start = jnp.stack((empty, empty, empty, empty + EMPTY) if state is None else tuple(state), axis=2)
+    keep = None if reset is None else 1.0 - reset.astype(F32)
+    h, last = _scan(gates.astype(F32), recurrent.astype(F32), start.astype(F32), keep)
+    return h, tuple(last[:, :, k] for k in range(4))
 
 
 @jax.custom_vjp
-def _scan(wx, R, start, keep):
-    h, last = forward(wx, jnp.swapaxes(R, 2, 3).astype(BF16), start, keep, save=False)
-    return h, last
+def _scan(gates, R, start, keep):
+    h, last = forward(tiled(gates, 2), matrices(R, 3, 2), tiled(start, 1), rows_of(keep), save=False)
+    return untiled(h, 2, gates), untiled(last, 1, gates)
 
 
-def _scan_forward(wx, R, start, keep):
-    h, last, raw, states = forward(wx, jnp.swapaxes(R, 2, 3).astype(BF16), start, keep, save=True)
-    return (h, last), (raw, states, R, h, start, keep)
+def _scan_forward(gates, R, start, keep):
+    h, last, raw, states = forward(tiled(gates, 2), matrices(R, 3, 2), tiled(start, 1), rows_of(keep), save=True)
+    h = untiled(h, 2, gates)
+    return (h, untiled(last, 1, gates)), (raw, states, R, h, start[:, :, 0], keep)
 
 
 def _scan_backward(kept, cotangents):
-    (raw, states, R, h, start, keep), (dh, d_last) = kept, cotangents
-    d_wx, d_start = backward(raw, states, R.astype(BF16), dh.at[:, :, -1].add(d_last[:, :, 0]), d_last, keep)
-    before = jnp.concatenate([start[:, :, :1], h[:, :, :-1]], axis=2)
+    (raw, states, R, h, first, keep), (dh, d_last) = kept, cotangents
+    dh = dh.at[:, -1].add(d_last[:, :, 0])
+    d_gates, d_start = backward(raw, states, matrices(R, 2, 3), tiled(dh, 2), tiled(d_last, 1), rows_of(keep))
+    d_gates, d_start = untiled(d_gates, 2, h), untiled(d_start, 1, h)
+    before = jnp.concatenate([first[:, None], h[:, :-1]], axis=1)
+    d_keep = None
     if keep is not None:
-        before *= keep[0, :, :, None]
-    dR = jnp.einsum("hxtdr,hxtger->hgde", before, d_wx, preferred_element_type=F32)
-    return d_wx, dR.astype(R.dtype), d_start, None if keep is None else jnp.zeros_like(keep)
+        before, d_keep = before * keep[:, :, None, None], jnp.zeros_like(keep)
+    dR = jnp.einsum("bthd,bthge->hdge", before, d_gates, preferred_element_type=F32)
+    return d_gates, jnp.transpose(dR, (2, 0, 1, 3)), d_start, d_keep
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+# ----------------------------------------------------------------------------------------- how the kernels have arrays
+
+
+def rows_of(a: Array | None) -> Array | None:
+    """(B, T) -> (1, tiles, T, rows)."""
+    return None if a is None else jnp.swapaxes(padded(a), 1, 2)[None]
+
+
+def padded(a: Array) -> Array:
+    """(B, ...) -> (tiles, rows, ...)."""
+    a = jnp.pad(a, ((0, -a.shape[0] % ROWS), *((0, 0),) * (a.ndim - 1)))
+    return a.reshape(-1, ROWS, *a.shape[1:])
+
+
+def tiled(a: Array, heads: int) -> Array:
+    """(B, ..., H, ...), heads at axis `heads` -> (H, tiles, ..., rows)."""
+    return jnp.moveaxis(padded(a), (heads + 1, 1), (0, -1))
+
+
+def untiled(a: Array, heads: int, like: Array) -> Array:
+    """The inverse; `like` has as many rows as is wanted."""
+    a = jnp.moveaxis(a, (0, -1), (heads + 1, 1))
+    return a.reshape(-1, *a.shape[2:])[: like.shape[0]]
+
+
+def matrices(R: Array, *axes: int) -> Array:
+    """(4, H, d, d) -> (H, 4, d, d) with these of its axes last, rounded."""
+    return jnp.transpose(R, (1, 0, *axes)).astype(BF16)
+
+
+# ----------------------------------------------------------------------------------------------- what both passes share
 
 
 def sigmoid(x: Array) -> Array:
@@ -96,24 +126,35 @@ def log_sigmoid(x: Array) -> Array:
     return jnp.minimum(x, 0.0) - jnp.log(1.0 + jnp.exp(-jnp.abs(x)))
 
 
-def in_registers(d: int, held: int | None) -> int:
+def parts(i: Array, f: Array, m: Array) -> tuple[Array, Array, Array]:
+    """What is left of the old memory, what is taken of the new, and the next m. One of the two is 1."""
+    old = log_sigmoid(f) + m
+    smaller = jnp.exp(-jnp.abs(old - i))
+    return jnp.where(old >= i, 1.0, smaller), jnp.where(old >= i, smaller, 1.0), jnp.maximum(old, i)
+
+
+def in_registers(d: int) -> int:
     """Of how many gates R is in registers. Wider heads have their share of them used up by two gates, and the others
     in shared memory; interpreters know no left operand in registers."""
-    if dispatch.interpret():
-        return 0
-    return (GATES if d <= 128 else 2) if held is None else held
+    return 0 if dispatch.interpret() else GATES if d <= 128 else 2
 
 
 def read(ref: Any) -> Array:
     return plgpu.load(ref, layout=WGMMA, optimized=False)
 
 
-def weights(R_g: Any, R_s: Any, ready: Any, head: Any, w: Any, held: int, kstep: int) -> list[list[Any]]:
-    """This warpgroup's rows of each gate's matrix, in pieces of `kstep` columns: of the last `held` gates in registers,
-    of the others in shared memory."""
+def along_units(ref: Any) -> Array:
+    """(rows,) -> (units, rows)."""
+    row = plgpu.load(ref, layout=WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(row, (UNITS, ROWS), (1,))
+
+
+def weights(R_g: Any, R_s: Any, ready: Any, head: Any, w: Any) -> list[list[Any]]:
+    """This warpgroup's rows of each gate's matrix, in pieces of `DEPTH` columns: of the last gates in registers, of the
+    others in shared memory."""
     d = R_g.shape[-1]
-    rows, pieces = pl.ds(w * UNITS, UNITS), [slice(k, k + kstep) for k in range(0, d, kstep)]
-    shared = GATES - held
+    rows, pieces = pl.ds(w * UNITS, UNITS), [slice(k, k + DEPTH) for k in range(0, d, DEPTH)]
+    shared = GATES - in_registers(d)
     if shared:
 
         @pl.when(w == 0)
@@ -129,9 +170,11 @@ def weights(R_g: Any, R_s: Any, ready: Any, head: Any, w: Any, held: int, kstep:
     return mine
 
 
-def publish(parts: list[tuple[Any, Array]], w: Any, everyone: Any) -> None:
+def publish(
+    values: list[tuple[Any, Array]], w: Any, everyone: Any, meanwhile: Callable[[], None] = lambda: None
+) -> None:
     """Writes this warpgroup's units of some (2 rows, d) buffers, as high and low parts, and waits for the others'."""
-    for ref, value in parts:
+    for ref, value in values:
         high = value.astype(BF16)
         low = (value - high.astype(F32)).astype(BF16)
         for k, part in enumerate((high, low)):
@@ -139,22 +182,34 @@ def publish(parts: list[tuple[Any, Array]], w: Any, everyone: Any) -> None:
             to.transpose((1, 0))[...] = part
     plgpu.commit_smem()
     plgpu.barrier_arrive(everyone)
+    meanwhile()
     plgpu.barrier_wait(everyone)
 
 
-def products(left: list[list[Any]], right: list[Any], kstep: int) -> list[Array]:
-    """left[g] right[g]^T for each gate, (units, rows). Pieces go gate by gate, so that no two in a row wait for each
-    other's sum."""
+def products(left: list[list[Any]], right: list[Any], meanwhile: Callable[[], Any]) -> tuple[list[Array], Any]:
+    """left[g] right[g]^T for each gate, (units, rows), and what `meanwhile` gives, which runs beside them. Pieces go
+    gate by gate, so that no two in a row wait for each other's sum."""
 
     def run(*sums):
         for k in range(len(left[0])):
             for total, a, b in zip(sums, left, right, strict=True):
-                plgpu.wgmma(total, a[k], b.at[:, pl.ds(k * kstep, kstep)].transpose((1, 0)))
+                plgpu.wgmma(total, a[k], b.at[:, pl.ds(k * DEPTH, DEPTH)].transpose((1, 0)))
+        other = meanwhile()
         plgpu.wgmma_wait(0)
-        return [s[...] for s in sums]
+        return [s[...] for s in sums], other
 
-    both = pl.run_scoped(run, *[plgpu.ACC((UNITS, 2 * ROWS), F32)] * GATES)
-    return [s[:, :ROWS] + s[:, ROWS:] for s in both]
+    both, other = pl.run_scoped(run, *[plgpu.ACC((UNITS, 2 * ROWS), F32)] * GATES)
+    return [s[:, :ROWS] + s[:, ROWS:] for s in both], other
+
+
+def operand(shape: tuple[int, ...]) -> Any:
+    """Shared memory that the matrix unit reads."""
+    return plgpu.SMEM(shape, BF16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def shared_weights(d: int) -> Any:
+    gates = GATES - in_registers(d)
+    return operand((gates, d, d) if gates else (1, 8, 64)), plgpu.Barrier(num_arrivals=max(1, gates))
 
 
 def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int], d: int) -> Any:
@@ -173,26 +228,27 @@ def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int], 
     )
 
 
-def operand(shape: tuple[int, ...], kstep: int) -> Any:
-    """Shared memory that the matrix unit reads."""
-    width = min(kstep, 64)
-    return plgpu.SMEM(shape, BF16, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)))
+# -------------------------------------------------------------------------------------------------------------- forward
 
 
-def forward(wx, R, start, keep, *, save, held=None, kstep=64, stages=None):
+def forward(wx, R, start, keep, *, save):
     """wx (heads, tiles, T, 4, d, rows), R (heads, 4, d after, d before) in bfloat16, start (heads, tiles, 4, d, rows)
     the states h, c, n, m; keep (members, tiles, T, rows), 0 where a document begins, or None. Gives h and the last
     states, and where `save` the raw gates and the states c, n, m before each token."""
+    args = [wx, R, start] + ([] if keep is None else [keep])
+    return population.folded(functools.partial(_forward, save=save), shared=(3,))(*args)
+
+
+def _forward(wx, R, start, *keep, save):
     heads, tiles, T, _, d, rows = wx.shape
-    stages, groups, held = min(stages or (4 if d <= 128 else 2), T), d // UNITS, in_registers(d, held)
-    keeps = [] if keep is None else [keep]
+    stages = min(4 if d <= 128 else 2, T)
 
     def kernel(*refs):
         wx_g, R_g, start_g, *refs = refs
-        keep_g, refs = refs[: len(keeps)], refs[len(keeps) :]
+        keep_g, refs = refs[: len(keep)], refs[len(keep) :]
         h_g, last_g, *refs = refs
         saved, refs = (refs[:2], refs[2:]) if save else ((), refs)
-        wx_s, h_s, R_s, arrived, ready, everyone = refs
+        wx_s, h_s, R_s, ready, arrived, everyone = refs
         head, tile, w = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("wg")
         units = pl.ds(w * UNITS, UNITS)
 
@@ -204,37 +260,39 @@ def forward(wx, R, start, keep, *, save, held=None, kstep=64, stages=None):
             for t in range(stages):
                 fetch(t, t)
 
-        left = weights(R_g, R_s, ready, head, w, held, kstep)
+        left = weights(R_g, R_s, ready, head, w)
         h, *states = (read(start_g.at[head, tile, k, units]) for k in range(4))
         publish([(h_s.at[0], h)], w, everyone)
 
         def token(t, states):
             slot = lax.rem(t, stages)
-            recurrent = products(left, [h_s.at[lax.rem(t, 2)]] * GATES, kstep)
-            plgpu.barrier_wait(arrived.at[slot])
-            if keeps:
-                row = plgpu.load(
-                    keep_g[0].at[head // (heads // keeps[0].shape[0]), tile, t], layout=WGMMA.reduce(0), optimized=False
-                )
-                old = lax.broadcast_in_dim(row, (UNITS, rows), (1,))
-                recurrent = [old * r for r in recurrent]
+
+            def beside():
                 c, n, m = states
-                states = old * c, old * n, old * m + (1.0 - old) * EMPTY
-            c, n, m = states
-            raw = [read(wx_s.at[slot, g, units]) + r for g, r in enumerate(recurrent)]
-            i, f, z, o = raw
-            log_f = log_sigmoid(f)
-            m_t = jnp.maximum(log_f + m, i)
-            old_part, new_part = jnp.exp(log_f + m - m_t), jnp.exp(i - m_t)
+                plgpu.barrier_wait(arrived.at[slot])
+                fresh = [read(wx_s.at[slot, g, units]) for g in range(GATES)]
+                old = None
+                if keep:
+                    old = along_units(keep_g[0].at[head // (heads // keep[0].shape[0]), tile, t])
+                    c, n, m = old * c, old * n, old * m + (1.0 - old) * EMPTY
+                if save:
+                    for k, state in enumerate((c, n, m)):
+                        saved[1][head, tile, t, k, units] = state
+                return fresh, old, (c, n, m)
+
+            recurrent, (fresh, old, (c, n, m)) = products(left, [h_s.at[lax.rem(t, 2)]] * GATES, beside)
+            i, f, z, o = raw = [a + (old * r if keep else r) for a, r in zip(fresh, recurrent, strict=True)]
+            old_part, new_part, m_t = parts(i, f, m)
             c_t, n_t = old_part * c + new_part * tanh(z), old_part * n + new_part
-            h = sigmoid(o) * c_t / n_t
-            publish([(h_s.at[lax.rem(t + 1, 2)], h)], w, everyone)
-            h_g[head, tile, t, units] = h
-            if save:
-                for g in range(GATES):
-                    saved[0][head, tile, t, g, units] = raw[g]
-                for k, state in enumerate((c, n, m)):
-                    saved[1][head, tile, t, k, units] = state
+            h = c_t / (n_t * (1.0 + jnp.exp(-o)))
+
+            def write():
+                h_g[head, tile, t, units] = h
+                if save:
+                    for g in range(GATES):
+                        saved[0][head, tile, t, g, units] = raw[g]
+
+            publish([(h_s.at[lax.rem(t + 1, 2)], h)], w, everyone, write)
 
             @pl.when((w == 0) & (t + stages < T))
             def _():
@@ -251,65 +309,74 @@ def forward(wx, R, start, keep, *, save, held=None, kstep=64, stages=None):
 
     out = [(heads, tiles, T, d, rows), start.shape]
     out += [wx.shape, (heads, tiles, T, 3, d, rows)] if save else []
-    scratch = [plgpu.SMEM((stages, GATES, d, rows), F32), operand((2, 2 * rows, d), kstep)]
-    scratch += [operand((max(1, GATES - held), d, d) if held < GATES else (1, 8, 64), kstep)]
-    scratch += [
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_arrivals=max(1, GATES - held)),
-        plgpu.Barrier(num_arrivals=groups),
-    ]
-    return launch(kernel, "slstm_forward", out, scratch, (heads, tiles), d)(wx, R, start, *keeps)
+    scratch = [plgpu.SMEM((stages, GATES, d, rows), F32), operand((2, 2 * rows, d)), *shared_weights(d)]
+    scratch += [plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=d // UNITS)]
+    return launch(kernel, "slstm_forward", out, scratch, (heads, tiles), d)(wx, R, start, *keep)
 
 
-def backward(raw, states, R, dh, d_last, keep, *, held=None, kstep=64, stages=None, buffers=None):
+# ------------------------------------------------------------------------------------------------------------- backward
+
+
+def backward(raw, states, R, dh, d_last, keep):
     """The mirrored loop. raw and states as `forward` saved them, R (heads, 4, d before, d after) in bfloat16, dh
     (heads, tiles, T, d, rows), d_last (heads, tiles, 4, d, rows) of the last states, of which h's is in dh already.
     Gives the gates' gradients (heads, tiles, T, 4, d, rows) and those of the first h, c, n, m."""
+    args = [raw, states, R, dh, d_last] + ([] if keep is None else [keep])
+    return population.folded(_backward, shared=(5,))(*args)
+
+
+def _backward(raw, states, R, dh, d_last, *keep):
     heads, tiles, T, _, d, rows = raw.shape
-    stages, groups, held = min(stages or (3 if d <= 128 else 1), T), d // UNITS, in_registers(d, held)
-    buffers = buffers or (2 if d <= 128 else 1)
-    keeps = [] if keep is None else [keep]
+    stages, buffers = (min(3, T + 1), 2) if d <= 128 else (1, 1)
 
     def kernel(*refs):
         raw_g, states_g, R_g, dh_g, d_last_g, *refs = refs
-        keep_g, refs = refs[: len(keeps)], refs[len(keeps) :]
-        d_gates_g, d_start_g, raw_s, states_s, dh_s, d_gates_s, R_s, arrived, ready, everyone, done = refs
+        keep_g, refs = refs[: len(keep)], refs[len(keep) :]
+        d_gates_g, d_start_g, raw_s, states_s, dh_s, d_gates_s, R_s, ready, arrived, everyone, done = refs
         head, tile, w = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("wg")
         units = pl.ds(w * UNITS, UNITS)
 
-        def fetch(t, slot):
+        def fetch(index):
+            """Index T, which has no token, fetches the first one again: each step prepares the one after it."""
+            slot = lax.rem(index, stages)
             for g, s in ((raw_g, raw_s), (states_g, states_s), (dh_g, dh_s)):
-                plgpu.copy_gmem_to_smem(g.at[head, tile, t], s.at[slot], arrived.at[slot])
+                plgpu.copy_gmem_to_smem(g.at[head, tile, jnp.maximum(T - 1 - index, 0)], s.at[slot], arrived.at[slot])
 
         @pl.when(w == 0)
         def _():
-            for i in range(stages):
-                fetch(T - 1 - i, i)
+            for index in range(stages):
+                fetch(jnp.int32(index))
 
-        left = weights(R_g, R_s, ready, head, w, held, kstep)
-        zero = plgpu.layout_cast(jnp.zeros((UNITS, rows), F32), WGMMA)
+        left = weights(R_g, R_s, ready, head, w)
 
-        def token(index, carry):
-            dh, dc, dn, _ = carry
-            slot, t = lax.rem(index, stages), T - 1 - index
+        def prepare(index):
+            slot = lax.rem(index, stages)
             plgpu.barrier_wait(arrived.at[slot])
             i, f, z, o = (read(raw_s.at[slot, g, units]) for g in range(GATES))
             c, n, m = (read(states_s.at[slot, k, units]) for k in range(3))
-            dh += read(dh_s.at[slot, units])
-            log_f = log_sigmoid(f)
-            m_t = jnp.maximum(log_f + m, i)
-            old_part, new_part = jnp.exp(log_f + m - m_t), jnp.exp(i - m_t)
+            old_part, new_part, _ = parts(i, f, m)
             value, out = tanh(z), sigmoid(o)
             c_t, over_n = old_part * c + new_part * value, 1.0 / (old_part * n + new_part)
-            h = out * c_t * over_n
-            dc += dh * out * over_n
-            dn -= dh * h * over_n
+            dc_dh = out * over_n
+            h = dc_dh * c_t
+            return (
+                read(dh_s.at[slot, units]), dc_dh, h * over_n, c, n, old_part, new_part, value, sigmoid(-f),
+                h * (1.0 - out),
+            )  # fmt: skip
+
+        def token(index, carry):
+            dh, dc, dn, _, ready_made = carry
+            fresh, dc_dh, dn_dh, c, n, old_part, new_part, value, closed, do = ready_made
+            t = T - 1 - index
+            dh += fresh
+            dc += dh * dc_dh
+            dn -= dh * dn_dh
             d_old = (dc * c + dn * n) * old_part
             gates = [
                 (dc * value + dn) * new_part,
-                d_old * sigmoid(-f),
+                d_old * closed,
                 dc * new_part * (1.0 - value * value),
-                dh * h * (1.0 - out),
+                dh * do,
             ]
             if buffers == 1:
 
@@ -317,28 +384,29 @@ def backward(raw, states, R, dh, d_last, keep, *, held=None, kstep=64, stages=No
                 def _():
                     plgpu.barrier_wait(done)
 
-            publish([(d_gates_s.at[lax.rem(index, buffers), g], gate) for g, gate in enumerate(gates)], w, everyone)
-            for g, gate in enumerate(gates):
-                d_gates_g[head, tile, t, g, units] = gate
+            def write():
+                for g, gate in enumerate(gates):
+                    d_gates_g[head, tile, t, g, units] = gate
 
-            @pl.when((w == 0) & (index + stages < T))
+            mine = d_gates_s.at[lax.rem(index, buffers)]
+            publish([(mine.at[g], gate) for g, gate in enumerate(gates)], w, everyone, write)
+
+            @pl.when((w == 0) & (index + stages <= T))
             def _():
-                fetch(t - stages, slot)
+                fetch(index + stages)
 
-            into = products(left, [d_gates_s.at[lax.rem(index, buffers), g] for g in range(GATES)], kstep)
+            into, ready_made = products(left, [mine.at[g] for g in range(GATES)], lambda: prepare(index + 1))
             if buffers == 1:
                 plgpu.barrier_arrive(done)
             before = [(into[0] + into[1]) + (into[2] + into[3]), dc * old_part, dn * old_part, d_old]
-            if keeps:
-                row = plgpu.load(
-                    keep_g[0].at[head // (heads // keeps[0].shape[0]), tile, t], layout=WGMMA.reduce(0), optimized=False
-                )
-                old = lax.broadcast_in_dim(row, (UNITS, rows), (1,))
+            if keep:
+                old = along_units(keep_g[0].at[head // (heads // keep[0].shape[0]), tile, t])
                 before = [old * b for b in before]
-            return tuple(before)
+            return *before, ready_made
 
+        zero = plgpu.layout_cast(jnp.zeros((UNITS, rows), F32), WGMMA)
         end = (zero, *(read(d_last_g.at[head, tile, k, units]) for k in (1, 2)), zero)
-        first = lax.fori_loop(0, T, token, end)
+        *first, _ = lax.fori_loop(0, T, token, (*end, prepare(jnp.int32(0))))
         if buffers == 1:
             plgpu.barrier_wait(done)
         for k, d_state in enumerate(first):
@@ -346,9 +414,8 @@ def backward(raw, states, R, dh, d_last, keep, *, held=None, kstep=64, stages=No
 
     out = [raw.shape, (heads, tiles, 4, d, rows)]
     scratch = [plgpu.SMEM((stages, k, d, rows), F32) for k in (4, 3)] + [plgpu.SMEM((stages, d, rows), F32)]
-    scratch += [operand((buffers, GATES, 2 * rows, d), kstep)]
-    scratch += [operand((max(1, GATES - held), d, d) if held < GATES else (1, 8, 64), kstep)]
-    scratch += [plgpu.Barrier(num_arrivals=3, num_barriers=stages), plgpu.Barrier(num_arrivals=max(1, GATES - held))]
-    scratch += [plgpu.Barrier(num_arrivals=groups) for _ in range(2)]
+    scratch += [operand((buffers, GATES, 2 * rows, d)), *shared_weights(d)]
+    scratch += [plgpu.Barrier(num_arrivals=3, num_barriers=stages)]
+    scratch += [plgpu.Barrier(num_arrivals=d // UNITS) for _ in range(2)]
     run = launch(kernel, "slstm_backward", out, scratch, (heads, tiles), d)
-    return run(raw, states, R, dh, d_last, *keeps)
+    return run(raw, states, R, dh, d_last, *keep)

@@ -14,7 +14,7 @@ EMPTY = -1e30  # m of an empty state: exp(EMPTY - x) is 0 for every x that occur
 def slstm(
     gates: Array, recurrent: Array, state: tuple[Array, ...] | None, reset: Array | None
 ) -> tuple[Array, tuple[Array, ...]]:
-    B, T, _, H, d = gates.shape
+    B, T, H, _, d = gates.shape
     empty = jnp.zeros((B, H, d), jnp.float32)
     start = (empty, empty, empty, jnp.full_like(empty, EMPTY)) if state is None else tuple(state)
     reset = jnp.zeros((B, T), bool) if reset is None else reset
@@ -24,7 +24,7 @@ def slstm(
         h, c, n, m = (
             jnp.where(new[:, None, None], fresh, a) for fresh, a in zip((0, 0, 0, EMPTY), before, strict=True)
         )
-        i, f, z, o = jnp.moveaxis(raw, 1, 0) + jnp.einsum("bhd,ghde->gbhe", h, recurrent)
+        i, f, z, o = jnp.moveaxis(raw, 2, 0) + jnp.einsum("bhd,ghde->gbhe", h, recurrent)
         log_f = jax.nn.log_sigmoid(f)
         m_t = jax.lax.stop_gradient(jnp.maximum(log_f + m, i))
         keep, add = jnp.exp(log_f + m - m_t), jnp.exp(i - m_t)

@@ -103,7 +103,7 @@ class SLSTM(Mixer):
             for gate, a in zip(GATES, (c, c, x, x), strict=True)
         ]
         h, cell = slstm.slstm(
-            jnp.stack(inputs, axis=2),
+            jnp.stack(inputs, axis=3),
             self.exact("recurrent"),
             slstm.State(*(before[name].reshape(B, H, D // H) for name in "hcnm")),
             beginnings(segment_ids, before["segment"] if state is not None else None),
