@@ -13,7 +13,7 @@ busy: forward, what is written for the backward pass; backward, all that does no
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,8 @@ WIDTHS = (64, 128, 192)  # of a head
 UNITS = 64  # of a warpgroup: the height of the matrix unit's tile
 ROWS = 8  # of the batch in a block
 DEPTH = 64  # of a piece of a product
+SUMS = 2
+EARLY = True
 WGMMA = plgpu.Layout.WGMMA
 
 
@@ -186,20 +188,22 @@ def publish(
     plgpu.barrier_wait(everyone)
 
 
-def products(left: list[list[Any]], right: list[Any], meanwhile: Callable[[], Any]) -> tuple[list[Array], Any]:
-    """left[g] right[g]^T for each gate, (units, rows), and what `meanwhile` gives, which runs beside them. Pieces go
-    gate by gate, so that no two in a row wait for each other's sum."""
+def multiply(sums: Sequence[Any], left: list[list[Any]], right: list[Any]) -> None:
+    """Begins to add left[g] right[g]^T for each gate g to a sum, in turn. Pieces go gate by gate, so that those in a
+    row wait little for each other."""
+    for k in range(len(left[0])):
+        for g, (a, b) in enumerate(zip(left, right, strict=True)):
+            plgpu.wgmma(sums[g % len(sums)], a[k], b.at[:, pl.ds(k * DEPTH, DEPTH)].transpose((1, 0)))
 
-    def run(*sums):
-        for k in range(len(left[0])):
-            for total, a, b in zip(sums, left, right, strict=True):
-                plgpu.wgmma(total, a[k], b.at[:, pl.ds(k * DEPTH, DEPTH)].transpose((1, 0)))
-        other = meanwhile()
-        plgpu.wgmma_wait(0)
-        return [s[...] for s in sums], other
 
-    both, other = pl.run_scoped(run, *[plgpu.ACC((UNITS, 2 * ROWS), F32)] * GATES)
-    return [s[:, :ROWS] + s[:, ROWS:] for s in both], other
+def result(total: Any, after: int = 0) -> Array:
+    """(units, rows), once no more than `after` pieces, begun later, are under way."""
+    both = plgpu.wgmma_accumulator_load(total, wait_n=after)
+    return both[:, :ROWS] + both[:, ROWS:]
+
+
+def with_sums(count: int, run: Any) -> Any:
+    return pl.run_scoped(run, *[plgpu.ACC((UNITS, 2 * ROWS), F32)] * count)
 
 
 def operand(shape: tuple[int, ...]) -> Any:
@@ -267,7 +271,10 @@ def _forward(wx, R, start, *keep, save):
         def token(t, states):
             slot = lax.rem(t, stages)
 
-            def beside():
+            def run(*sums):
+                before = h_s.at[lax.rem(t, 2)]
+                multiply(sums[:2], left[:2], [before] * 2)
+                multiply(sums[2:], left[2:], [before] * 2)
                 c, n, m = states
                 plgpu.barrier_wait(arrived.at[slot])
                 fresh = [read(wx_s.at[slot, g, units]) for g in range(GATES)]
@@ -278,13 +285,19 @@ def _forward(wx, R, start, *keep, save):
                 if save:
                     for k, state in enumerate((c, n, m)):
                         saved[1][head, tile, t, k, units] = state
-                return fresh, old, (c, n, m)
 
-            recurrent, (fresh, old, (c, n, m)) = products(left, [h_s.at[lax.rem(t, 2)]] * GATES, beside)
-            i, f, z, o = raw = [a + (old * r if keep else r) for a, r in zip(fresh, recurrent, strict=True)]
-            old_part, new_part, m_t = parts(i, f, m)
-            c_t, n_t = old_part * c + new_part * tanh(z), old_part * n + new_part
-            h = c_t / (n_t * (1.0 + jnp.exp(-o)))
+                def raw(g, after):
+                    recurrent = result(sums[g], after)
+                    return fresh[g] + (recurrent if old is None else old * recurrent)
+
+                later = len(sums[2:]) * len(left[0]) if EARLY else 0
+                i, f = raw(0, later), raw(1, later)
+                old_part, new_part, m_t = parts(i, f, m)
+                z, o = raw(2, 0), raw(3, 0)
+                c_t, n_t = old_part * c + new_part * tanh(z), old_part * n + new_part
+                return c_t / (n_t * (1.0 + jnp.exp(-o))), (c_t, n_t, m_t), (i, f, z, o)
+
+            h, states, raw = with_sums(GATES, run)
 
             def write():
                 h_g[head, tile, t, units] = h
@@ -300,10 +313,10 @@ def _forward(wx, R, start, *keep, save):
 
             @pl.when(t == T - 1)
             def _():
-                for k, state in enumerate((h, c_t, n_t, m_t)):
+                for k, state in enumerate((h, *states)):
                     last_g[head, tile, k, units] = state
 
-            return c_t, n_t, m_t
+            return states
 
         lax.fori_loop(0, T, token, tuple(states))
 
@@ -365,8 +378,8 @@ def _backward(raw, states, R, dh, d_last, *keep):
             )  # fmt: skip
 
         def token(index, carry):
-            dh, dc, dn, _, ready_made = carry
-            fresh, dc_dh, dn_dh, c, n, old_part, new_part, value, closed, do = ready_made
+            dh, dc, dn, _, prepared = carry
+            fresh, dc_dh, dn_dh, c, n, old_part, new_part, value, closed, do = prepared
             t = T - 1 - index
             dh += fresh
             dc += dh * dc_dh
@@ -395,14 +408,19 @@ def _backward(raw, states, R, dh, d_last, *keep):
             def _():
                 fetch(index + stages)
 
-            into, ready_made = products(left, [mine.at[g] for g in range(GATES)], lambda: prepare(index + 1))
+            def run(*sums):
+                multiply(sums, left, [mine.at[g] for g in range(GATES)])
+                prepared = prepare(index + 1)
+                return sum((result(s) for s in sums[1:]), result(sums[0])), prepared
+
+            into, prepared = with_sums(SUMS, run)
             if buffers == 1:
                 plgpu.barrier_arrive(done)
-            before = [(into[0] + into[1]) + (into[2] + into[3]), dc * old_part, dn * old_part, d_old]
+            before = [into, dc * old_part, dn * old_part, d_old]
             if keep:
                 old = along_units(keep_g[0].at[head // (heads // keep[0].shape[0]), tile, t])
                 before = [old * b for b in before]
-            return *before, ready_made
+            return *before, prepared
 
         zero = plgpu.layout_cast(jnp.zeros((UNITS, rows), F32), WGMMA)
         end = (zero, *(read(d_last_g.at[head, tile, k, units]) for k in (1, 2)), zero)
