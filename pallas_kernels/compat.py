@@ -22,3 +22,10 @@ def tpu_interpreter(**options: Any) -> Any:
     from jax.experimental.pallas import tpu as pltpu
 
     return pltpu.InterpretParams(**options)
+
+
+def gpu_load(ref: Any, layout: Any = None) -> Any:
+    """What a Mosaic GPU reference holds, in a layout, by whatever accesses that takes."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.load(ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]

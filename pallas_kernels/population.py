@@ -14,7 +14,8 @@ def folded(kernel: Callable[..., Any], shared: Sequence[int] = ()) -> Callable[.
     """`kernel`, whose arguments and outputs (a list) are arrays with the rows as first axis, for a population too.
     Arguments at the positions `shared` have a first axis that divides the rows: an entry of theirs is for all rows of a
     member, and one entry for all members stays one."""
-    # A function of its own each time: JAX keeps traces by function, and whether kernels are interpreted is not in the key.
+    # A function of its own each time: JAX keeps traces by function, and whether kernels are interpreted is not in their
+    # key.
     call = jax.custom_batching.custom_vmap(lambda *args: kernel(*args))
 
     @call.def_vmap

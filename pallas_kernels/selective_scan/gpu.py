@@ -82,7 +82,8 @@ def _scan_forward(u, dt, A, B, C, start, forget):
 
 def _scan_backward(kept, cotangents):
     u, dt, A, B, C, states, forget = kept
-    du, ddt, dA, dB, dC, dstart = backward(u, dt, A, B, C, states, *cotangents, forget)
+    dy, d_final = cotangents
+    du, ddt, dA, dB, dC, dstart = backward(u, dt, A, B, C, states, dy, d_final, forget)
     d_forget = None if forget is None else jnp.zeros_like(forget)
     return du, ddt, dA.sum(0, keepdims=True), dB.sum(1), dC.sum(1), dstart, d_forget
 
@@ -167,7 +168,7 @@ def _forward(u, dt, A, B, C, start, *forget, keep):
                 plgpu.copy_gmem_to_smem(g, s.at[slot], arrived.at[slot])
 
         def read(ref, *axes):
-            return plgpu.load(ref, layout=spread.reduce(axes) if axes else spread, optimized=False)
+            return compat.gpu_load(ref, spread.reduce(axes) if axes else spread)
 
         for i in range(min(2, tiles)):
             fetch(i, i)
@@ -195,7 +196,7 @@ def _forward(u, dt, A, B, C, start, *forget, keep):
             slot = lax.rem(i, 2)
             plgpu.barrier_wait(arrived.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if keep:
+            if states_g is not None:
                 h_s[...] = h
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(h_s, states_g.at[row, i, mine])
@@ -262,7 +263,7 @@ def _backward(u, dt, A, B, C, states, dy, d_final, *forget):
                 plgpu.copy_gmem_to_smem(g, s.at[slot], arrived.at[slot])
 
         def read(ref, *axes):
-            return plgpu.load(ref, layout=spread.reduce(axes) if axes else spread, optimized=False)
+            return compat.gpu_load(ref, spread.reduce(axes) if axes else spread)
 
         for i in range(min(2, tiles)):
             fetch(tiles - 1 - i, i)
@@ -316,7 +317,7 @@ def _backward(u, dt, A, B, C, states, dy, d_final, *forget):
             carry = lax.fori_loop(0, spans, lambda k, c: one_span(slot, spans - 1 - k, c), carry)
             plgpu.commit_smem()
             for part, total in ((dB_s, 0), (dC_s, 1)):
-                sums_s[total] = sum((plgpu.load(part.at[w], optimized=False) for w in range(1, WARPS)), part[0])
+                sums_s[total] = sum((compat.gpu_load(part.at[w]) for w in range(1, WARPS)), part[0])
             plgpu.commit_smem()
             tokens = pl.ds(place * TILE, TILE)
             plgpu.copy_smem_to_gmem(du_s, du_g.at[row, tokens, mine])
