@@ -1,25 +1,27 @@
 """Products of rows with the matrix of the group each belongs to: the experts of a mixture.
 
 Rows are laid out in tiles of equal height, each of one group: groups begin at a multiple of the height, and what is
-left of a group's last tile is zero. So a tile is one ordinary matrix product, whatever the groups' sizes.
+left of a group's last tile is zero. So a tile is one ordinary matrix product, whatever the groups' sizes
+(`grouped_matmul`). Rows may also be adjacent, without tiles (`ragged_matmul`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import xla
+from pallas_kernels import compat, dispatch
+from pallas_kernels.grouped_matmul import reference, xla
 
 
 class Layout(NamedTuple):
-    """Where M rows go in N tiles of t. Tiles beyond the last used one count as of the last group and are zero."""
+    """Where M rows go in N tiles of t, in the order of their groups."""
 
     source: Int[Array, "N t"]  # the row at each place; M: none
     place: Int[Array, " M"]  # the place of each row, tiles flattened; N t: nowhere
-    group: Int[Array, " N"]  # of each tile
+    group: Int[Array, " N"]  # of each tile; beyond the last used one: the number of groups, and the tile is zero
 
 
 def tiles(rows: int, groups: int, tile: int) -> int:
@@ -58,8 +60,7 @@ def layout(group: Int[Array, " M"], groups: int, tile: int = 0) -> Layout:
     start = jnp.append(0, ends[:-1]) * tile
     place = jnp.where(group < groups, jnp.append(start, 0)[group] + rank, N * tile)
     source = jnp.full((N * tile,), M, jnp.int32).at[place].set(jnp.arange(M), mode="drop")
-    of_tile = jnp.sum(ends <= jnp.arange(N)[:, None], axis=1)
-    return Layout(source.reshape(N, tile), place, jnp.minimum(of_tile, groups - 1))
+    return Layout(source.reshape(N, tile), place, jnp.sum(ends <= jnp.arange(N)[:, None], axis=1, dtype=jnp.int32))
 
 
 def spread(x: Float[Array, "n D"], plan: Layout) -> Float[Array, "N t D"]:
@@ -74,12 +75,58 @@ def collect(y: Float[Array, "N t D"], plan: Layout) -> Float[Array, "M D"]:
 
 
 def grouped_matmul(
-    x: Float[Array, "N t D"], w: Float[Array, "G D F"], group: Int[Array, " N"]
+    x: Float[Array, "N t D"], w: Float[Array, "G D F"], group: Int[Array, " N"], *, kernels: str = "auto"
 ) -> Float[Array, "N t F"]:
-    """y_n = x_n w[group_n], in x's dtype, accumulated in float32; differentiable in x and w.
+    """y_n = x_n w[group_n], in x's dtype, accumulated in float32; differentiable in x and w. Tiles as `layout` makes
+    them: in the order of their groups, and zero if of group G.
 
-    FLOPs: 2 N t D F, padding included (`padded_rows`). Bytes of the weights: D F a tile. The gradient of w is summed
-    over tiles in float32.
+    FLOPs: 2 N t D F, padding included (`padded_rows`); the kernels for GPUs skip tiles of group G. Bytes of the
+    weights: D F a tile. The gradient of w is summed over tiles in float32.
     Source: the tiles are those of block-sparse products (Gale et al. 2022, arXiv 2211.15841), aligned to groups.
     """
-    return xla.grouped_matmul(x, w, group)
+    return _form(_choice(x, w, kernels)).grouped_matmul(x, w, group)
+
+
+def ragged_matmul(
+    x: Float[Array, "M D"], w: Float[Array, "G D F"], sizes: Int[Array, " G"], *, kernels: str = "auto"
+) -> Float[Array, "M F"]:
+    """y_r = x_r w[g] for the sizes[0] first rows with g = 0, the sizes[1] next ones with g = 1, ...; in x's dtype,
+    accumulated in float32; differentiable in x and w. Any sizes, also zero, whose sum is at most M: rows past it give
+    zero, and so do their gradients; an empty group's matrix has the gradient zero.
+
+    FLOPs: 2 D F a row; on GPUs those of a tile of rows once for each group that it has rows of. Plain JAX moves the
+    rows to tiles and back.
+    """
+    form = _choice(x, w, kernels)
+    if form != "xla":
+        return _form(form).ragged_matmul(x, w, sizes)
+    group = jnp.sum(jnp.arange(x.shape[0])[:, None] >= jnp.cumsum(sizes), axis=1)
+    plan = layout(group, w.shape[0])
+    return collect(xla.grouped_matmul(spread(x, plan), w, plan.group), plan)
+
+
+def tile_for(rows: int, groups: int, x: Array, w: Array, kernels: str = "auto") -> int:
+    """The height of tiles for products of so many rows like x (n, D) with w (G, D, F): what the implementation that
+    will run needs."""
+    return GPU_TILE if _choice(x, w, kernels) == "mosaic_gpu" else tile_height(rows, groups)
+
+
+GPU_TILE = 128  # all that the kernels take
+
+
+def _choice(x: Array, w: Array, kernels: str) -> str:
+    return dispatch.choose("grouped_matmul", kernels, {"mosaic_gpu": lambda: _gpu_refusal(x, w)})
+
+
+def _gpu_refusal(x: Array, w: Array) -> str:
+    if not compat.MOSAIC_GPU:
+        return f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
+    return _form("mosaic_gpu").refusal(x, w)
+
+
+def _form(name: str) -> Any:
+    if name == "mosaic_gpu":
+        from pallas_kernels.grouped_matmul import gpu  # brings Mosaic GPU
+
+        return gpu
+    return {"xla": xla, "reference": reference}[name]

@@ -9,3 +9,13 @@ def rows_matmul(x, w, group):
     """x (M, D), w (G, D, F), group (M,) -> (M, F); rows of group G give zero."""
     padded = jnp.concatenate([w, jnp.zeros_like(w[:1])]).astype(jnp.float32)
     return jnp.sum(x.astype(jnp.float32)[:, :, None] * padded[group], axis=1)
+
+
+def grouped_matmul(x, w, group):
+    N, t, D = x.shape
+    return rows_matmul(x.reshape(N * t, D), w, jnp.repeat(group, t)).reshape(N, t, -1).astype(x.dtype)
+
+
+def ragged_matmul(x, w, sizes):
+    group = jnp.sum(jnp.arange(x.shape[0])[:, None] >= jnp.cumsum(sizes), axis=1)
+    return rows_matmul(x, w, group).astype(x.dtype)

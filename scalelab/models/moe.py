@@ -177,10 +177,12 @@ class MoE(ChannelMixer):
 
     def _experts(self, x: Float[Array, "n D"], chosen: Int[Array, "n k"], w: Float[Array, "n k"]) -> Array:
         """sum_e w_e Expert_e(x), float32. A choice of expert Ne is none."""
-        plan = gmm.layout(chosen.reshape(-1), self.options.experts)
+        kernels = self.spec.kernels
+        gate, up, down = (self.weight(name) for name in ("gate", "up", "down"))
+        plan = gmm.layout(chosen.reshape(-1), len(up), gmm.tile_for(chosen.size, len(up), x, up, kernels))
         rows = gmm.spread(x, plan)
-        gate, up = (gmm.grouped_matmul(rows, self.weight(name), plan.group) for name in ("gate", "up"))
-        out = gmm.grouped_matmul(swiglu(gate, up), self.weight("down"), plan.group)
+        h = swiglu(*(gmm.grouped_matmul(rows, w, plan.group, kernels=kernels) for w in (gate, up)))
+        out = gmm.grouped_matmul(h, down, plan.group, kernels=kernels)
         out = gmm.collect(out, plan).reshape(*chosen.shape, -1)
         return jnp.sum(out.astype(F32) * w[..., None], axis=1)
 
