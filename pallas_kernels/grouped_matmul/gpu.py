@@ -124,6 +124,8 @@ class Tuning:
     columns: int  # of an output tile
     stages: int  # slots of the ring
     barriers: bool = True
+    pairs: bool = False  # two blocks of a cluster share what their tiles have in common
+    turns: bool = False  # the multipliers take whole tiles in turn
 
     @staticmethod
     def of(columns: int) -> Tuning:
@@ -158,8 +160,8 @@ def product(x, w, start, end, *, transposed=False, aligned=False, tuning=None):
 
         def group(g, carry):
             lo, hi = start[g] - i * ROWS, end[g] - i * ROWS
-            step = lambda k, carry: body((g, k, lo, hi), carry)
-            return lax.fori_loop(0, jnp.where(lo < hi, I32(steps), I32(0)), step, carry)
+            here = jnp.where(lo < hi, I32(steps), I32(0))
+            return lax.fori_loop(0, here, lambda k, carry: body((g, k, lo, hi), carry), carry)
 
         return lax.fori_loop(first[i], last[i] + 1, group, carry)
 
@@ -167,14 +169,16 @@ def product(x, w, start, end, *, transposed=False, aligned=False, tuning=None):
         (i, n), (g, k, _, _) = split(tile), step
         x, w = refs[4:6]
         deep, wide = pl.ds(k * DEPTH, DEPTH), pl.ds(n * tuning.columns, tuning.columns)
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(i * ROWS, ROWS), deep], a, barrier)
+        shared = "pair" if tuning.pairs else None
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(i * ROWS, ROWS), deep], a, barrier, collective_axes=shared)
         of = w.at[lax.rem(g, I32(G))]
         plgpu.copy_gmem_to_smem(of.at[wide, deep] if transposed else of.at[deep, wide], b, barrier)
 
     def multiply(acc, wg, step, a, b):
-        mine, (_, _, lo, hi) = a.at[pl.ds(wg * HALF, HALF)], step
+        _, _, lo, hi = step
+        mine, at = (a, 0) if tuning.turns else (a.at[pl.ds(wg * HALF, HALF)], wg * HALF)
         if not aligned:
-            pl.when((lo > 0) | (hi < ROWS))(lambda: keep(mine, lo - wg * HALF, hi - wg * HALF))
+            pl.when((lo > 0) | (hi < ROWS))(lambda: keep(mine, lo - at, hi - at))
         plgpu.wgmma(acc, mine, b.transpose((1, 0)) if transposed else b)
 
     def target(refs, tile):
@@ -184,6 +188,7 @@ def product(x, w, start, end, *, transposed=False, aligned=False, tuning=None):
     shapes = (ROWS, DEPTH), (tuning.columns, DEPTH) if transposed else (DEPTH, tuning.columns)
     out = jax.ShapeDtypeStruct((R, F), x.dtype)
     parts = (steps_of, copy, multiply, target)
+    assert not tuning.pairs or columns % 2 == 0
     return call("grouped_product", out, shapes, windows * columns, parts, tuning, swizzle(D, F))(
         first, last, start, end, x, w
     )
@@ -199,24 +204,26 @@ def outer(x, dy, start, end, *, aligned=False, tuning=None):
 
     def split(tile):
         g, rest = lax.div(tile, I32(high * wide)), lax.rem(tile, I32(high * wide))
-        return g, lax.div(rest, I32(wide)), lax.rem(rest, I32(wide))
+        return g, lax.rem(rest, I32(high)), lax.div(rest, I32(high))
 
     def steps_of(refs, tile, body, carry):
         g = split(tile)[0]
         start, end = refs[0][g], refs[1][g]
         first = lax.div(start, I32(DEPTH))
         behind = jnp.where(start < end, lax.div(end + DEPTH - 1, I32(DEPTH)), first)
-        step = lambda k, carry: body((k, start - k * DEPTH, end - k * DEPTH), carry)
-        return lax.fori_loop(first, behind, step, carry)
+        return lax.fori_loop(first, behind, lambda k, c: body((k, start - k * DEPTH, end - k * DEPTH), c), carry)
 
     def copy(refs, tile, step, a, b, barrier):
         (_, d, f), k = split(tile), step[0]
         rows = pl.ds(k * DEPTH, DEPTH)
         plgpu.copy_gmem_to_smem(refs[2].at[rows, pl.ds(d * ROWS, ROWS)], a, barrier)
-        plgpu.copy_gmem_to_smem(refs[3].at[rows, pl.ds(f * tuning.columns, tuning.columns)], b, barrier)
+        shared = "pair" if tuning.pairs else None
+        wide = pl.ds(f * tuning.columns, tuning.columns)
+        plgpu.copy_gmem_to_smem(refs[3].at[rows, wide], b, barrier, collective_axes=shared)
 
     def multiply(acc, wg, step, a, b):
-        mine, (_, lo, hi) = a.at[:, pl.ds(wg * HALF, HALF)], step
+        _, lo, hi = step
+        mine = a if tuning.turns else a.at[:, pl.ds(wg * HALF, HALF)]
         if not aligned:
             pl.when((lo > 0) | (hi < DEPTH))(lambda: keep(mine, lo, hi))
         plgpu.wgmma(acc, mine.transpose((1, 0)), b)
@@ -228,6 +235,7 @@ def outer(x, dy, start, end, *, aligned=False, tuning=None):
     shapes = (DEPTH, ROWS), (DEPTH, tuning.columns)
     out = jax.ShapeDtypeStruct((G, D, F), x.dtype)
     parts = (steps_of, copy, multiply, target)
+    assert not tuning.pairs or high % 2 == 0
     return call("grouped_outer", out, shapes, G * high * wide, parts, tuning, swizzle(D, F))(start, end, x, dy)
 
 
@@ -248,43 +256,61 @@ def swizzle(*minor: int) -> tuple:
 def call(name, out, shapes, tiles, parts, tuning, layout):
     """The kernel: refs -> for each output tile, the sum over its steps, stored at its target."""
     steps_of, copy, multiply, target = parts
-    blocks = min(2 if dispatch.interpret() else cores(), tiles)
     stages, columns = tuning.stages, tuning.columns
+    teams, cluster = 1 + tuning.turns, 1 + tuning.pairs
+    mine = ROWS if tuning.turns else HALF
+    tiles //= cluster
+    blocks = min(2 if dispatch.interpret() else cores() // cluster, tiles)
 
     def kernel(*refs):
         *refs, a, b, stage, full, empty = refs
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
+        rounds = lax.div(tiles - block + I32(blocks - 1), I32(blocks))
 
-        def each_tile(body):
-            rounds = lax.div(tiles - block + I32(blocks - 1), I32(blocks))
-            return lax.fori_loop(0, rounds, lambda n, done: body(block + n * blocks, done), I32(0))
+        def tile_of(n):
+            tile = jnp.minimum(block + n * blocks, tiles - 1)
+            return tile * 2 + lax.axis_index("pair") if tuning.pairs else tile
 
         def reader():
             plgpu.set_max_registers(40, action="decrease")
 
-            def fetch(tile):
+            def fetch(n, done):
+                tile = tile_of(n)
+
                 def body(step, done):
                     slot = lax.rem(done, I32(stages))
                     pl.when(done >= stages)(lambda: wait(done))
-                    copy(refs, tile, step, a.at[slot], b.at[slot], full.at[slot])
+                    team = lax.rem(n, I32(teams)) * stages
+                    copy(refs, tile, step, a.at[slot], b.at[slot], full.at[team + slot])
                     return done + 1
 
-                return body
+                return steps_of(refs, tile, body, done)
 
             def wait(n):
                 plgpu.barrier_wait(empty.at[lax.rem(n, I32(stages))])
 
-            done = each_tile(lambda tile, done: steps_of(refs, tile, fetch(tile), done))
+            done = lax.fori_loop(0, rounds, fetch, I32(0))
             lax.fori_loop(jnp.maximum(done - stages, 0), done, lambda n, _: wait(n), None)  # all have been read
 
         def multiplier():
             plgpu.set_max_registers(232, action="increase")
+            team = wg if tuning.turns else 0
+
+            def count(n):
+                return steps_of(refs, tile_of(n), lambda _, done: done + 1, I32(0))
+
+            def turn(m, done):
+                if not tuning.turns:
+                    return one_tile(tile_of(m), done)
+                n = 2 * m + wg
+                done = one_tile(tile_of(n), done + jnp.where(wg == 1, count(n - 1), 0))
+                return done + jnp.where(wg == 0, count(n + 1), 0)
 
             def one_tile(tile, before):
                 def accumulate(acc):
                     def body(step, done):
                         slot = lax.rem(done, I32(stages))
-                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.barrier_wait(full.at[team * stages + slot])
                         multiply(acc, wg, step, a.at[slot], b.at[slot])
                         plgpu.wgmma_wait(1)  # the product before this one has read its slot
                         pl.when(done > before)(lambda: free(done - 1))
@@ -298,20 +324,22 @@ def call(name, out, shapes, tiles, parts, tuning, layout):
                 def free(n):
                     plgpu.barrier_arrive(empty.at[lax.rem(n, I32(stages))])
 
-                total, done = pl.run_scoped(accumulate, plgpu.ACC((HALF, columns), F32))
+                total, done = pl.run_scoped(accumulate, plgpu.ACC((mine, columns), F32))
                 store(total, target(refs, tile))
                 return done
 
             def store(total, to):
-                for n in range(columns // CHUNK):
-                    part = pl.ds(n * CHUNK, CHUNK)
-                    mine = stage.at[wg, n % 2]
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    mine[...] = total[:, n * CHUNK : (n + 1) * CHUNK].astype(mine.dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(mine, to.at[pl.ds(wg * HALF, HALF), part])
+                for r in range(mine // HALF):
+                    for n in range(columns // CHUNK):
+                        at = stage.at[wg, (r * (columns // CHUNK) + n) % 2]
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                        part = total[r * HALF : (r + 1) * HALF, n * CHUNK : (n + 1) * CHUNK]
+                        at[...] = part.astype(at.dtype)
+                        plgpu.commit_smem()
+                        first = r * HALF if tuning.turns else wg * HALF
+                        plgpu.copy_smem_to_gmem(at, to.at[pl.ds(first, HALF), pl.ds(n * CHUNK, CHUNK)])
 
-            each_tile(one_tile)
+            lax.fori_loop(0, lax.div(rounds - team + I32(teams - 1), I32(teams)), turn, I32(0))
             plgpu.wait_smem_to_gmem(0)
 
         lax.cond(wg == PRODUCER, reader, multiplier)
@@ -319,8 +347,13 @@ def call(name, out, shapes, tiles, parts, tuning, layout):
     kernel.__name__ = name
     ring = [plgpu.SMEM((stages, *shape), out.dtype, transforms=layout) for shape in shapes]
     stage = plgpu.SMEM((2, 2, HALF, CHUNK), out.dtype, transforms=layout)
-    full = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-    empty = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    full = plgpu.Barrier(num_arrivals=2, num_barriers=teams * stages)
+    readers = 2 // teams
+    if tuning.pairs:
+        empty = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=readers, num_barriers=stages)
+    else:
+        empty = plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
+    pairs = dict(cluster=(2,), cluster_names=("pair",)) if tuning.pairs else {}
     return plgpu.kernel(
         kernel,
         out_type=out,
@@ -331,6 +364,7 @@ def call(name, out, shapes, tiles, parts, tuning, layout):
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not tuning.barriers),
         interpret=compat.gpu_interpreter() if dispatch.interpret() else None,
+        **pairs,
     )
 
 
