@@ -7,6 +7,7 @@ left of a group's last tile is zero. So a tile is one ordinary matrix product, w
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.grouped_matmul import reference, xla
+
+KERNELS = ("mosaic_gpu",)
+KERNEL_TILE = 128  # the height of tiles that they take
 
 
 class Layout(NamedTuple):
@@ -29,13 +33,16 @@ def tiles(rows: int, groups: int, tile: int) -> int:
     return (rows + min(rows, groups) * (tile - 1)) // tile
 
 
-def tile_height(rows: int, groups: int) -> int:
-    """The power of two whose tiles take least time, where to fetch a tile's matrix costs as much as 12 more rows."""
+def tile_height(rows: int, groups: int, form: str = "xla") -> int:
+    """For the plain form the power of two whose tiles take least time, where to fetch a tile's matrix costs as much as
+    12 more rows; kernels skip what is left over."""
+    if form in KERNELS:
+        return KERNEL_TILE
     return min((2**i for i in range(9)), key=lambda t: tiles(rows, groups, t) * (t + 12))
 
 
 def padded_rows(rows: int, groups: int) -> int:
-    """N t at the height that `tile_height` chooses: rows of the products as they run."""
+    """N t at the height that `tile_height` chooses: rows of the products as the plain form runs them."""
     tile = tile_height(rows, groups)
     return tiles(rows, groups, tile) * tile
 
@@ -84,7 +91,7 @@ def grouped_matmul(
     weights: D F a tile. The gradient of w is summed over tiles in float32.
     Source: the tiles are those of block-sparse products (Gale et al. 2022, arXiv 2211.15841), aligned to groups.
     """
-    return _form(_choice(x, w, kernels)).grouped_matmul(x, w, group)
+    return _form(choose(x, w, kernels)).grouped_matmul(x, w, group)
 
 
 def ragged_matmul(
@@ -97,7 +104,7 @@ def ragged_matmul(
     FLOPs: 2 D F a row; on GPUs those of a tile of rows once for each group that it has rows of. Plain JAX moves the
     rows to tiles and back.
     """
-    form = _choice(x, w, kernels)
+    form = choose(x, w, kernels)
     if form != "xla":
         return _form(form).ragged_matmul(x, w, sizes)
     group = jnp.sum(jnp.arange(x.shape[0])[:, None] >= jnp.cumsum(sizes), axis=1)
@@ -105,23 +112,18 @@ def ragged_matmul(
     return collect(xla.grouped_matmul(spread(x, plan), w, plan.group), plan)
 
 
-def tile_for(rows: int, groups: int, x: Array, w: Array, kernels: str = "auto") -> int:
-    """The height of tiles for products of so many rows like x (n, D) with w (G, D, F): what the implementation that
-    will run needs."""
-    return GPU_TILE if _choice(x, w, kernels) == "mosaic_gpu" else tile_height(rows, groups)
+def choose(x: Array, w: Array, kernels: str = "auto", devices: int = 1) -> str:
+    """The implementation that runs for rows like x (..., D) with w (G, D, F), to be named in the calls. `devices`:
+    that many share one program, which the compiler splits."""
 
+    def refusal(name: str) -> str:
+        if devices > 1:
+            return f"runs on one device, not on {devices} that share a batch"
+        if name == "mosaic_gpu" and not compat.MOSAIC_GPU:
+            return f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
+        return _form(name).refusal(x, w)
 
-GPU_TILE = 128  # all that the kernels take
-
-
-def _choice(x: Array, w: Array, kernels: str) -> str:
-    return dispatch.choose("grouped_matmul", kernels, {"mosaic_gpu": lambda: _gpu_refusal(x, w)})
-
-
-def _gpu_refusal(x: Array, w: Array) -> str:
-    if not compat.MOSAIC_GPU:
-        return f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
-    return _form("mosaic_gpu").refusal(x, w)
+    return dispatch.choose("grouped_matmul", kernels, {name: partial(refusal, name) for name in KERNELS})
 
 
 def _form(name: str) -> Any:

@@ -13,7 +13,6 @@ Loads begin at multiples of 64 rows, as TMA into tiled shared memory needs, wher
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -33,6 +32,7 @@ DEPTH = 64  # of a step
 CHUNK = 64  # columns stored at a time
 SMS = 132  # of an H100; where there is none
 PRODUCER = 2  # the warpgroup that copies
+SLOTS = {256: 4, 192: 4, 128: 6, 64: 6}  # of the ring: what shared memory holds, by the width of an output tile
 
 
 def refusal(x: Array, w: Array) -> str:
@@ -51,7 +51,8 @@ def grouped_matmul(x: Float[Array, "N t D"], w: Float[Array, "G D F"], group: In
     start, end = (
         ROWS * jnp.sum(mine, axis=0, dtype=I32) for mine in (group[:, None] < groups, group[:, None] <= groups)
     )
-    return rows_matmul(x.reshape(-1, x.shape[-1]), w, start, end, True).reshape(*x.shape[:-1], w.shape[-1])
+    y: Any = rows_matmul(x.reshape(-1, x.shape[-1]), w, start, end, True)
+    return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
 def ragged_matmul(x: Float[Array, "M D"], w: Float[Array, "G D F"], sizes: Int[Array, " G"]) -> Array:
@@ -119,34 +120,22 @@ def _one_batch(P, are, x, start, end):
 # --------------------------------------------------------------------------------------------------------- kernels
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    columns: int  # of an output tile
-    stages: int  # slots of the ring
-    barriers: bool = True
-    pairs: bool = False  # two blocks of a cluster share what their tiles have in common
-    turns: bool = False  # the multipliers take whole tiles in turn
-
-    @staticmethod
-    def of(columns: int) -> Tuning:
-        """For outputs of so many columns: the width whose tiles take least time, where to fetch a tile's rows costs as
-        much as 32 more columns, and what shared memory holds."""
-        width = min((256, 192, 128, 64), key=lambda n: -(-columns // n) * (n + 32))
-        return Tuning(width, {256: 4, 192: 4, 128: 6, 64: 6}[width])
+def width_of(columns: int) -> int:
+    """Columns of an output tile: the width whose tiles take least time, where to fetch a tile's rows costs as much as
+    32 more columns."""
+    return min(SLOTS, key=lambda n: -(-columns // n) * (n + 32))
 
 
-def product(x, w, start, end, *, transposed=False, aligned=False, tuning=None):
+def product(x, w, start, end, *, transposed=False, aligned=False):
     """y (R, F): row r of group g, start[g] <= r < end[g], is x[r] w[g], with w[g]^T where `transposed`; rows of no
     group are zero. Groups in order; matrix g mod G where there are more groups than matrices. `aligned`: groups begin
     and end at multiples of ROWS."""
     if short := -x.shape[0] % 8:  # of what TMA moves
-        return product(
-            jnp.pad(x, ((0, short), (0, 0))), w, start, end, transposed=transposed, aligned=aligned, tuning=tuning
-        )[:-short]
-    R, D = x.shape
-    tuning = tuning or Tuning.of(w.shape[1 if transposed else 2])
-    G, F = w.shape[0], w.shape[1 if transposed else 2]
-    windows, columns, steps = -(-R // ROWS), -(-F // tuning.columns), -(-D // DEPTH)
+        x = jnp.pad(x, ((0, short), (0, 0)))
+        return product(x, w, start, end, transposed=transposed, aligned=aligned)[:-short]
+    (R, D), G, F = x.shape, w.shape[0], w.shape[1 if transposed else 2]
+    width = width_of(F)
+    windows, columns, steps = -(-R // ROWS), -(-F // width), -(-D // DEPTH)
     edges = jnp.arange(windows, dtype=I32)[:, None] * ROWS
     first = jnp.sum(end <= edges, axis=1, dtype=I32)  # of the groups with rows in a window, and the last one
     last = jnp.sum(start < edges + ROWS, axis=1, dtype=I32) - 1
@@ -168,39 +157,36 @@ def product(x, w, start, end, *, transposed=False, aligned=False, tuning=None):
     def copy(refs, tile, step, a, b, barrier):
         (i, n), (g, k, _, _) = split(tile), step
         x, w = refs[4:6]
-        deep, wide = pl.ds(k * DEPTH, DEPTH), pl.ds(n * tuning.columns, tuning.columns)
-        shared = "pair" if tuning.pairs else None
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(i * ROWS, ROWS), deep], a, barrier, collective_axes=shared)
+        deep, wide = pl.ds(k * DEPTH, DEPTH), pl.ds(n * width, width)
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(i * ROWS, ROWS), deep], a, barrier)
         of = w.at[lax.rem(g, I32(G))]
         plgpu.copy_gmem_to_smem(of.at[wide, deep] if transposed else of.at[deep, wide], b, barrier)
 
     def multiply(acc, wg, step, a, b):
         _, _, lo, hi = step
-        mine, at = (a, 0) if tuning.turns else (a.at[pl.ds(wg * HALF, HALF)], wg * HALF)
+        mine, at = a.at[pl.ds(wg * HALF, HALF)], wg * HALF
         if not aligned:
             pl.when((lo > 0) | (hi < ROWS))(lambda: keep(mine, lo - at, hi - at))
         plgpu.wgmma(acc, mine, b.transpose((1, 0)) if transposed else b)
 
     def target(refs, tile):
         i, n = split(tile)
-        return refs[6].at[pl.ds(i * ROWS, ROWS), pl.ds(n * tuning.columns, tuning.columns)]
+        return refs[6].at[pl.ds(i * ROWS, ROWS), pl.ds(n * width, width)]
 
-    shapes = (ROWS, DEPTH), (tuning.columns, DEPTH) if transposed else (DEPTH, tuning.columns)
+    shapes = (ROWS, DEPTH), (width, DEPTH) if transposed else (DEPTH, width)
     out = jax.ShapeDtypeStruct((R, F), x.dtype)
     parts = (steps_of, copy, multiply, target)
-    assert not tuning.pairs or columns % 2 == 0
-    return call("grouped_product", out, shapes, windows * columns, parts, tuning, swizzle(D, F))(
-        first, last, start, end, x, w
-    )
+    run = call("grouped_product", out, shapes, windows * columns, parts, width, swizzle(D, F))
+    return run(first, last, start, end, x, w)
 
 
-def outer(x, dy, start, end, *, aligned=False, tuning=None):
+def outer(x, dy, start, end, *, aligned=False):
     """dw (G, D, F): the sum over rows start[g] <= r < end[g] of x[r]^T dy[r]. `aligned`: as for `product`."""
     if short := -x.shape[0] % 8:
         x, dy = (jnp.pad(a, ((0, short), (0, 0))) for a in (x, dy))
-    tuning = tuning or Tuning.of(dy.shape[1])
     (_, D), F, G = x.shape, dy.shape[1], start.size
-    high, wide = -(-D // ROWS), -(-F // tuning.columns)
+    width = width_of(F)
+    high, wide = -(-D // ROWS), -(-F // width)
 
     def split(tile):
         g, rest = lax.div(tile, I32(high * wide)), lax.rem(tile, I32(high * wide))
@@ -217,31 +203,28 @@ def outer(x, dy, start, end, *, aligned=False, tuning=None):
         (_, d, f), k = split(tile), step[0]
         rows = pl.ds(k * DEPTH, DEPTH)
         plgpu.copy_gmem_to_smem(refs[2].at[rows, pl.ds(d * ROWS, ROWS)], a, barrier)
-        shared = "pair" if tuning.pairs else None
-        wide = pl.ds(f * tuning.columns, tuning.columns)
-        plgpu.copy_gmem_to_smem(refs[3].at[rows, wide], b, barrier, collective_axes=shared)
+        plgpu.copy_gmem_to_smem(refs[3].at[rows, pl.ds(f * width, width)], b, barrier)
 
     def multiply(acc, wg, step, a, b):
         _, lo, hi = step
-        mine = a if tuning.turns else a.at[:, pl.ds(wg * HALF, HALF)]
+        mine = a.at[:, pl.ds(wg * HALF, HALF)]
         if not aligned:
             pl.when((lo > 0) | (hi < DEPTH))(lambda: keep(mine, lo, hi))
         plgpu.wgmma(acc, mine.transpose((1, 0)), b)
 
     def target(refs, tile):
         g, d, f = split(tile)
-        return refs[4].at[g, pl.ds(d * ROWS, ROWS), pl.ds(f * tuning.columns, tuning.columns)]
+        return refs[4].at[g, pl.ds(d * ROWS, ROWS), pl.ds(f * width, width)]
 
-    shapes = (DEPTH, ROWS), (DEPTH, tuning.columns)
+    shapes = (DEPTH, ROWS), (DEPTH, width)
     out = jax.ShapeDtypeStruct((G, D, F), x.dtype)
     parts = (steps_of, copy, multiply, target)
-    assert not tuning.pairs or high % 2 == 0
-    return call("grouped_outer", out, shapes, G * high * wide, parts, tuning, swizzle(D, F))(start, end, x, dy)
+    return call("grouped_outer", out, shapes, G * high * wide, parts, width, swizzle(D, F))(start, end, x, dy)
 
 
 def keep(rows: Any, lo: Array, hi: Array) -> None:
     """Sets the rows of a slot outside of [lo, hi) to zero."""
-    x = plgpu.load(rows, layout=plgpu.Layout.WGMMA)
+    x = plgpu.load(rows, (), layout=plgpu.Layout.WGMMA)
     row = plgpu.broadcasted_iota(I32, x.shape, 0, layout=plgpu.Layout.WGMMA)
     rows[...] = jnp.where((row >= lo) & (row < hi), x, jnp.zeros_like(x))
     plgpu.commit_smem()
@@ -253,118 +236,88 @@ def swizzle(*minor: int) -> tuple:
     return (plgpu.TilingTransform((8, by // 2)), plgpu.SwizzleTransform(by)) if by else ()
 
 
-def call(name, out, shapes, tiles, parts, tuning, layout):
+def call(name, out, shapes, tiles, parts, width, layout):
     """The kernel: refs -> for each output tile, the sum over its steps, stored at its target."""
     steps_of, copy, multiply, target = parts
-    stages, columns = tuning.stages, tuning.columns
-    teams, cluster = 1 + tuning.turns, 1 + tuning.pairs
-    mine = ROWS if tuning.turns else HALF
-    tiles //= cluster
-    blocks = min(2 if dispatch.interpret() else cores() // cluster, tiles)
+    stages = SLOTS[width]
+    blocks = min(2 if dispatch.interpret() else cores(), tiles)
 
     def kernel(*refs):
         *refs, a, b, stage, full, empty = refs
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         rounds = lax.div(tiles - block + I32(blocks - 1), I32(blocks))
 
-        def tile_of(n):
-            tile = jnp.minimum(block + n * blocks, tiles - 1)
-            return tile * 2 + lax.axis_index("pair") if tuning.pairs else tile
-
         def reader():
             plgpu.set_max_registers(40, action="decrease")
 
             def fetch(n, done):
-                tile = tile_of(n)
-
                 def body(step, done):
                     slot = lax.rem(done, I32(stages))
-                    pl.when(done >= stages)(lambda: wait(done))
-                    team = lax.rem(n, I32(teams)) * stages
-                    copy(refs, tile, step, a.at[slot], b.at[slot], full.at[team + slot])
+                    pl.when(done >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                    copy(refs, block + n * blocks, step, a.at[slot], b.at[slot], full.at[slot])
                     return done + 1
 
-                return steps_of(refs, tile, body, done)
-
-            def wait(n):
-                plgpu.barrier_wait(empty.at[lax.rem(n, I32(stages))])
+                return steps_of(refs, block + n * blocks, body, done)
 
             done = lax.fori_loop(0, rounds, fetch, I32(0))
-            lax.fori_loop(jnp.maximum(done - stages, 0), done, lambda n, _: wait(n), None)  # all have been read
+
+            def drain(n, _):
+                plgpu.barrier_wait(empty.at[lax.rem(n, I32(stages))])
+
+            lax.fori_loop(jnp.maximum(done - stages, 0), done, drain, None)  # all slots have been read
 
         def multiplier():
             plgpu.set_max_registers(232, action="increase")
-            team = wg if tuning.turns else 0
 
-            def count(n):
-                return steps_of(refs, tile_of(n), lambda _, done: done + 1, I32(0))
-
-            def turn(m, done):
-                if not tuning.turns:
-                    return one_tile(tile_of(m), done)
-                n = 2 * m + wg
-                done = one_tile(tile_of(n), done + jnp.where(wg == 1, count(n - 1), 0))
-                return done + jnp.where(wg == 0, count(n + 1), 0)
-
-            def one_tile(tile, before):
+            def one_tile(n, before):
                 def accumulate(acc):
                     def body(step, done):
                         slot = lax.rem(done, I32(stages))
-                        plgpu.barrier_wait(full.at[team * stages + slot])
+                        plgpu.barrier_wait(full.at[slot])
                         multiply(acc, wg, step, a.at[slot], b.at[slot])
                         plgpu.wgmma_wait(1)  # the product before this one has read its slot
                         pl.when(done > before)(lambda: free(done - 1))
                         return done + 1
 
-                    done = steps_of(refs, tile, body, before)
+                    done = steps_of(refs, block + n * blocks, body, before)
                     plgpu.wgmma_wait(0)
                     pl.when(done > before)(lambda: free(done - 1))
                     return acc[...], done
 
-                def free(n):
-                    plgpu.barrier_arrive(empty.at[lax.rem(n, I32(stages))])
-
-                total, done = pl.run_scoped(accumulate, plgpu.ACC((mine, columns), F32))
-                store(total, target(refs, tile))
+                total, done = pl.run_scoped(accumulate, accumulator)
+                store(total, target(refs, block + n * blocks).at[pl.ds(wg * HALF, HALF)])
                 return done
 
-            def store(total, to):
-                for r in range(mine // HALF):
-                    for n in range(columns // CHUNK):
-                        at = stage.at[wg, (r * (columns // CHUNK) + n) % 2]
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                        part = total[r * HALF : (r + 1) * HALF, n * CHUNK : (n + 1) * CHUNK]
-                        at[...] = part.astype(at.dtype)
-                        plgpu.commit_smem()
-                        first = r * HALF if tuning.turns else wg * HALF
-                        plgpu.copy_smem_to_gmem(at, to.at[pl.ds(first, HALF), pl.ds(n * CHUNK, CHUNK)])
+            def free(n):
+                plgpu.barrier_arrive(empty.at[lax.rem(n, I32(stages))])
 
-            lax.fori_loop(0, lax.div(rounds - team + I32(teams - 1), I32(teams)), turn, I32(0))
+            def store(total, to):
+                for n in range(width // CHUNK):
+                    at = stage.at[wg, n % 2]
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    at[...] = total[:, n * CHUNK : (n + 1) * CHUNK].astype(at.dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(at, to.at[:, pl.ds(n * CHUNK, CHUNK)])
+
+            lax.fori_loop(0, rounds, one_tile, I32(0))
             plgpu.wait_smem_to_gmem(0)
 
         lax.cond(wg == PRODUCER, reader, multiplier)
 
+    accumulator = plgpu.ACC((HALF, width), F32)  # pyright: ignore[reportPrivateImportUsage]
     kernel.__name__ = name
     ring = [plgpu.SMEM((stages, *shape), out.dtype, transforms=layout) for shape in shapes]
     stage = plgpu.SMEM((2, 2, HALF, CHUNK), out.dtype, transforms=layout)
-    full = plgpu.Barrier(num_arrivals=2, num_barriers=teams * stages)
-    readers = 2 // teams
-    if tuning.pairs:
-        empty = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=readers, num_barriers=stages)
-    else:
-        empty = plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
-    pairs = dict(cluster=(2,), cluster_names=("pair",)) if tuning.pairs else {}
+    barriers = [plgpu.Barrier(num_arrivals=2, num_barriers=stages) for _ in ("full", "empty")]
     return plgpu.kernel(
         kernel,
         out_type=out,
-        scratch_types=[*ring, stage, full, empty],
+        scratch_types=[*ring, stage, *barriers],
         grid=(blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not tuning.barriers),
         interpret=compat.gpu_interpreter() if dispatch.interpret() else None,
-        **pairs,
     )
 
 

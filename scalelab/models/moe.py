@@ -177,12 +177,12 @@ class MoE(ChannelMixer):
 
     def _experts(self, x: Float[Array, "n D"], chosen: Int[Array, "n k"], w: Float[Array, "n k"]) -> Array:
         """sum_e w_e Expert_e(x), float32. A choice of expert Ne is none."""
-        kernels = self.spec.kernels
         gate, up, down = (self.weight(name) for name in ("gate", "up", "down"))
-        plan = gmm.layout(chosen.reshape(-1), len(up), gmm.tile_for(chosen.size, len(up), x, up, kernels))
+        form = gmm.choose(x, up, self.spec.kernels, self.spec.shards)
+        plan = gmm.layout(chosen.reshape(-1), len(up), gmm.tile_height(chosen.size, len(up), form))
         rows = gmm.spread(x, plan)
-        h = swiglu(*(gmm.grouped_matmul(rows, w, plan.group, kernels=kernels) for w in (gate, up)))
-        out = gmm.grouped_matmul(h, down, plan.group, kernels=kernels)
+        h = swiglu(*(gmm.grouped_matmul(rows, w, plan.group, kernels=form) for w in (gate, up)))
+        out = gmm.grouped_matmul(h, down, plan.group, kernels=form)
         out = gmm.collect(out, plan).reshape(*chosen.shape, -1)
         return jnp.sum(out.astype(F32) * w[..., None], axis=1)
 
