@@ -224,7 +224,7 @@ def outer(x, dy, start, end, *, aligned=False):
 
 def keep(rows: Any, lo: Array, hi: Array) -> None:
     """Sets the rows of a slot outside of [lo, hi) to zero."""
-    x = plgpu.load(rows, (), layout=plgpu.Layout.WGMMA)
+    x = plgpu.load(rows, layout=plgpu.Layout.WGMMA)  # pyright: ignore[reportCallIssue]
     row = plgpu.broadcasted_iota(I32, x.shape, 0, layout=plgpu.Layout.WGMMA)
     rows[...] = jnp.where((row >= lo) & (row < hi), x, jnp.zeros_like(x))
     plgpu.commit_smem()

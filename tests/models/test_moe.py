@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from family import section
 
+from pallas_kernels import compat, dispatch
 from scalelab import data, models, records, sharding, train
 from scalelab.errors import BadInput
 from scalelab.models.moe import MoE, within_capacity
@@ -24,10 +25,11 @@ def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def layer(training=False, seed=0, bias=None, **options):
+def layer(training=False, seed=0, bias=None, kernels="auto", dtype="float32", **options):
     """(apply, parameters of one layer drawn): `apply(params, x) -> (y, aux)`."""
     changes = {f"moe__{name}": value for name, value in ({"experts": 4, "top_k": 2, "hidden": 12} | options).items()}
-    spec = dataclasses.replace(resolve(section(blocks=(("attention", "moe"),), **changes)), training=training)
+    spec = resolve(section(blocks=(("attention", "moe"),), **changes))
+    spec = dataclasses.replace(spec, training=training, kernels=kernels, compute_dtype=dtype)
     chosen = spec.period[0].channel_options
     rng = np.random.default_rng(seed)
     draw = lambda tensor, lead=(): jnp.asarray(rng.normal(size=tensor.shape) / tensor.fan_in**0.5, jnp.float32)  # noqa: E731
@@ -95,6 +97,16 @@ def test_dropless_is_the_dense_loop_in_value_and_gradient(options):
         counts = apply(params, x)[1]["counts"]
         chosen = np.asarray(params["bias"]) > 1
         np.testing.assert_array_equal(counts, np.where(chosen, 33.0, 0.0))
+
+
+@pytest.mark.skipif(not compat.MOSAIC_GPU, reason=f"Mosaic GPU kernels need JAX {compat.MOSAIC_GPU_SINCE}")
+def test_kernels_for_gpus_interpreted():
+    x, options = inputs(1, 20, 16).astype(jnp.bfloat16), {"hidden": 16, "dtype": "bfloat16"}
+    (plain, params), (apply, _) = layer(**options), layer(kernels="mosaic_gpu", **options)
+    with dispatch.interpreted():
+        got = apply(params, x)[0].astype(jnp.float32)
+    want = plain(params, x)[0].astype(jnp.float32)
+    assert jnp.linalg.norm(got - want) < 1e-2 * jnp.linalg.norm(want)
 
 
 def test_tokens_do_not_know_each_other():

@@ -67,3 +67,17 @@ def test_bfloat16_and_many_at_a_time():
     low = both(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), group)
     assert low.dtype == jnp.bfloat16
     assert float(jnp.abs(low - want).max()) < 0.03 * float(jnp.abs(want).max())
+
+
+@pytest.mark.parametrize("form", ["xla", "reference"])
+@pytest.mark.parametrize(("rows", "sizes"), [(12, [5, 0, 7]), (1, [0, 0, 1]), (40, [1, 30, 2])])
+def test_ragged_rows(form, rows, sizes):
+    """Row by row in NumPy; rows past the sum are zero, and have no part in any gradient."""
+    x, w, dy = inputs(rows, 6), inputs(3, 6, 5, seed=2), inputs(rows, 5, seed=3)
+    y, pull = jax.vjp(lambda x, w: gmm.ragged_matmul(x, w, jnp.asarray(sizes), kernels=form), x, w)
+    want = np.zeros((rows, 5)), np.zeros((rows, 6)), np.zeros((3, 6, 5))
+    for r, g in enumerate(np.repeat(np.arange(3), sizes)):
+        want[0][r] = x[r] @ w[g]
+        want[1][r] = w[g] @ dy[r]
+        want[2][g] += np.outer(x[r], dy[r])
+    jax.tree.map(close, (y, *pull(dy)), want)

@@ -1,0 +1,130 @@
+"""The kernels for Hopper GPUs, interpreted, against the definition; and lowered for a GPU at the shapes of training."""
+
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat, dispatch
+from pallas_kernels import grouped_matmul as gmm
+from pallas_kernels.dispatch import Device
+
+needs_interpreter = pytest.mark.skipif(
+    not compat.MOSAIC_GPU, reason=f"Mosaic GPU kernels need JAX {compat.MOSAIC_GPU_SINCE}"
+)
+BF16 = jnp.bfloat16
+HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3", "9.0")
+
+
+def inputs(*shape, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), BF16)
+
+
+def with_gradients(f):
+    """(x, w, group or sizes, dy) -> (y, dx, dw)"""
+
+    def all_of(x, w, groups, dy):
+        y, pull = jax.vjp(lambda x, w: f(x, w, groups), x, w)
+        return y, *pull(dy)
+
+    return all_of
+
+
+def compare(f, x, w, groups, dy, batched=lambda run: run):
+    """The kernels of `f`, values and gradients, against its definition in float32."""
+    with dispatch.interpreted():
+        got = batched(with_gradients(partial(f, kernels="mosaic_gpu")))(x, w, groups, dy)
+    exact = (a.astype(jnp.float32) for a in (x, w))
+    want = batched(with_gradients(partial(f, kernels="reference")))(*exact, groups, dy.astype(jnp.float32))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == BF16
+        a, b = (np.asarray(v, np.float32) for v in (a, b))
+        assert np.linalg.norm(a - b) <= 3e-3 * np.linalg.norm(b)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("sizes", "rows", "D", "F"),
+    [
+        ([100, 0, 90, 30], 250, 64, 96),  # edges inside of tiles and steps, an empty group, rows past the sum
+        ([0, 1, 2, 0, 3], 6, 16, 32),  # fewer rows than a tile, than a step, than a unit of TMA
+        ([1], 1, 48, 16),
+        ([0, 0], 9, 32, 32),  # no rows at all
+        ([40], 64, 96, 352),  # two tiles of columns
+    ],
+)
+def test_ragged_rows(sizes, rows, D, F):
+    x, w, dy = inputs(rows, D), inputs(len(sizes), D, F, seed=2), inputs(rows, F, seed=3)
+    compare(gmm.ragged_matmul, x, w, jnp.asarray(sizes, jnp.int32), dy)
+
+
+@needs_interpreter
+def test_tiles():
+    group = jnp.asarray([0, 2, 2, 3], jnp.int32)  # group 1 is empty, the last tile is of none, and zero
+    x, dy = inputs(4, gmm.KERNEL_TILE, 32).at[3].set(0), inputs(4, gmm.KERNEL_TILE, 48, seed=3)
+    compare(gmm.grouped_matmul, x, inputs(3, 32, 48, seed=2), group, dy)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("own", [True, False], ids=["own matrices", "shared matrices"])
+def test_a_population(own):
+    """Runs side by side, each with its sizes; matrices of their own, or the same ones (their gradients are summed
+    after)."""
+    sizes = jnp.asarray([[10, 0], [3, 9]], jnp.int32)
+    x, dy = inputs(2, 14, 16), inputs(2, 14, 32, seed=3)
+    w = inputs(2, 2, 16, 32, seed=2) if own else inputs(2, 16, 32, seed=2)
+    compare(gmm.ragged_matmul, x, w, sizes, dy, lambda run: jax.vmap(run, in_axes=(0, 0 if own else None, 0, 0)))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("G", "M", "D", "F"), [(8, 32768, 1024, 2816), (64, 131072, 1024, 352), (64, 131072, 384, 1024)]
+)
+def test_lowering_at_the_shapes_of_training(G, M, D, F):
+    """With gradients, made anew in the backward pass."""
+    run = jax.checkpoint(partial(gmm.ragged_matmul, kernels="mosaic_gpu"))
+    grads = jax.grad(lambda x, w, sizes: jnp.sum(jnp.sin(run(x, w, sizes))), argnums=(0, 1))
+    shapes = [jax.ShapeDtypeStruct(s, BF16) for s in ((M, D), (G, D, F))]
+    traced = jax.jit(grads).trace(*shapes, jax.ShapeDtypeStruct((G,), jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "grouped_product" in text
+    assert "grouped_outer" in text
+
+
+# ------------------------------------------------------------------------------------ the choice
+
+
+def test_which_form_runs(monkeypatch):
+    x, w, sizes = inputs(8, 32), inputs(2, 32, 48), jnp.asarray([3, 5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a CPU's best form is the plain one
+        assert gmm.choose(x, w) == "xla"
+    monkeypatch.setattr(dispatch, "device", lambda: HOPPER)
+    if compat.MOSAIC_GPU:
+        assert gmm.choose(x, w) == "mosaic_gpu"
+    else:
+        with pytest.raises(dispatch.Unsupported, match="needs JAX"):
+            gmm.ragged_matmul(x, w, sizes, kernels="mosaic_gpu")
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("x", "w", "devices", "reason"),
+    [
+        (jnp.zeros((8, 32)), jnp.zeros((2, 32, 48)), 1, "takes bfloat16, not float32 with float32"),
+        (inputs(8, 32), inputs(2, 32, 40), 1, "multiples of 16, not 32 x 40"),
+        (inputs(2, 64, 32), inputs(2, 32, 48), 1, "takes tiles of 128 rows, not 64"),
+        (inputs(0, 32), inputs(2, 32, 48), 1, "takes no empty arrays"),
+        (inputs(8, 32), inputs(2, 32, 48), 4, "runs on one device, not on 4"),
+    ],
+)
+def test_refusals(x, w, devices, reason, monkeypatch):
+    with pytest.raises(dispatch.Unsupported, match=reason):
+        gmm.choose(x, w, "mosaic_gpu", devices)
+    monkeypatch.setattr(dispatch, "device", lambda: HOPPER)
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(dispatch.Fallback, match=reason):
+        assert gmm.choose(x, w, devices=devices) == "xla"
