@@ -14,12 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import cross_entropy
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.gated_recurrence import gated_recurrence
 from pallas_kernels.gla import gla
+from pallas_kernels.grouped_matmul import ragged_matmul
 from pallas_kernels.mlstm import mlstm
 from pallas_kernels.selective_scan import selective_scan
 
@@ -123,6 +125,7 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
             delta_case(B, T, 4, 32, D),
             scan_case(B, T, 128, 16, D),
             entropy_case(512, 64, 2048, D),
+            experts_case(4, 512, 64, 96, D),
         ]
     return [
         attention_case(8, 2048, 16, 64, D),
@@ -136,6 +139,10 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
         scan_case(4, 4096, 2048, 16, D),
         entropy_case(16384, 1024, 32768, D),
         entropy_case(16384, 2048, 131072, D),
+        experts_case(8, 32768, 1024, 2816, D),
+        experts_case(64, 131072, 1024, 384, D),
+        experts_case(64, 131072, 1024, 352, D),
+        experts_case(64, 131072, 384, 1024, D),
     ]
 
 
@@ -222,6 +229,29 @@ def entropy_case(N: int, D: int, V: int, dtype: Any) -> Case:
         "cross_entropy", f"N{N} D{D} V{V}", N, inputs,
         lambda kernels: partial(cross_entropy, chunk=2048, kernels=kernels), 2.0 * N * D * V, small=256,
     )  # fmt: skip
+
+
+def experts_case(G: int, M: int, K: int, N: int, dtype: Any) -> Case:
+    def inputs(rows: int) -> list[Input]:
+        sizes = uneven(rows, G, 16 if rows == M else 1)
+        return [
+            Input((rows, K), dtype, normal()), Input((G, K, N), dtype, normal(K**-0.5)),
+            Input((G,), jnp.int32, lambda key, shape: jnp.asarray(sizes)),
+        ]  # fmt: skip
+
+    return Case(
+        "grouped_matmul", f"E{G} M{M} {K}x{N}", M, inputs,
+        lambda kernels: partial(ragged_matmul, kernels=kernels), 2.0 * M * K * N, small=128,
+        peer={"op": "grouped_matmul", "sizes": uneven(M, G, 16), "K": K, "N": N},
+    )  # fmt: skip
+
+
+def uneven(rows: int, groups: int, unit: int) -> list[int]:
+    """Sizes of groups, the same ones always, that are multiples of `unit`, as PyTorch's operation wants them."""
+    share = np.random.default_rng(7).dirichlet(np.full(groups, 8.0))
+    sizes = np.floor(share * rows / unit).astype(int) * unit
+    sizes[-1] += rows - sizes.sum()
+    return sizes.tolist()
 
 
 OPS = tuple(dict.fromkeys(case.op for case in all_cases("cpu")))
