@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, dispatch
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import reference, tpu, xla
 
-KERNELS = ("mosaic_gpu",)
+KERNELS = ("mosaic_gpu", "mosaic_tpu")
 KERNEL_TILE = 128  # the height of tiles that they take
 
 
@@ -131,4 +131,4 @@ def _form(name: str) -> Any:
         from pallas_kernels.grouped_matmul import gpu  # brings Mosaic GPU
 
         return gpu
-    return {"xla": xla, "reference": reference}[name]
+    return {"xla": xla, "mosaic_tpu": tpu, "reference": reference}[name]
