@@ -239,7 +239,7 @@ def swizzle(*minor: int) -> tuple:
 def call(name, out, shapes, tiles, parts, width, layout):
     """The kernel: refs -> for each output tile, the sum over its steps, stored at its target."""
     steps_of, copy, multiply, target = parts
-    stages = SLOTS[width]
+    stages, chunks = SLOTS[width], width // CHUNK
     blocks = min(2 if dispatch.interpret() else cores(), tiles)
 
     def kernel(*refs):
@@ -285,15 +285,16 @@ def call(name, out, shapes, tiles, parts, width, layout):
                     return acc[...], done
 
                 total, done = pl.run_scoped(accumulate, accumulator)
-                store(total, target(refs, block + n * blocks).at[pl.ds(wg * HALF, HALF)])
+                store(total, target(refs, block + n * blocks).at[pl.ds(wg * HALF, HALF)], n * chunks)
                 return done
 
             def free(n):
                 plgpu.barrier_arrive(empty.at[lax.rem(n, I32(stages))])
 
-            def store(total, to):
-                for n in range(width // CHUNK):
-                    at = stage.at[wg, n % 2]
+            def store(total, to, before):
+                for n in range(chunks):
+                    # In turn across tiles too: the store before this one may still read its half of the stage.
+                    at = stage.at[wg, lax.rem(before + n, I32(2))]
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     at[...] = total[:, n * CHUNK : (n + 1) * CHUNK].astype(at.dtype)
                     plgpu.commit_smem()
