@@ -24,6 +24,7 @@ from pallas_kernels.gla import gla
 from pallas_kernels.grouped_matmul import ragged_matmul
 from pallas_kernels.mlstm import mlstm
 from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.slstm import slstm
 
 F32 = jnp.float32
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -124,6 +125,7 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
             gla_case(B, T, 4, 32, D),
             delta_case(B, T, 4, 32, D),
             scan_case(B, T, 128, 16, D),
+            slstm_case(B, T, 4, 64),
             entropy_case(512, 64, 2048, D),
             experts_case(4, 512, 64, 96, D),
         ]
@@ -137,6 +139,7 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
         gla_case(8, 4096, 16, 128, D),
         delta_case(8, 4096, 16, 128, D),
         scan_case(4, 4096, 2048, 16, D),
+        slstm_case(16, 2048, 4, 128),
         entropy_case(16384, 1024, 32768, D),
         entropy_case(16384, 2048, 131072, D),
         experts_case(8, 32768, 1024, 2816, D),
@@ -215,6 +218,16 @@ def scan_case(B: int, T: int, E: int, N: int, dtype: Any) -> Case:
     return Case(
         "selective_scan", f"B{B} T{T} E{E} N{N}", B, inputs,
         lambda kernels: partial(selective_scan, kernels=kernels), 7.0 * B * T * E * N,
+    )  # fmt: skip
+
+
+def slstm_case(B: int, T: int, H: int, d: int) -> Case:
+    def inputs(rows: int) -> list[Input]:
+        return [Input((rows, T, H, 4, d), F32, normal()), Input((4, H, d, d), F32, normal(0.5 * d**-0.5))]
+
+    return Case(
+        "slstm", f"B{B} T{T} H{H} d{d}", B, inputs, lambda kernels: lambda *a: slstm(*a, kernels=kernels)[0],
+        8.0 * B * T * H * d * d,
     )  # fmt: skip
 
 

@@ -102,12 +102,11 @@ class SLSTM(Mixer):
             + self.exact(f"{gate}_bias").reshape(H, D // H)
             for gate, a in zip(GATES, (c, c, x, x), strict=True)
         ]
-        h, cell = slstm.slstm(
+        h, cell = self.per_row(slstm.slstm, shared=(1,))(
             jnp.stack(inputs, axis=3),
             self.exact("recurrent"),
             slstm.State(*(before[name].reshape(B, H, D // H) for name in "hcnm")),
             beginnings(segment_ids, before["segment"] if state is not None else None),
-            kernels=self.spec.kernels,
         )
         after = None
         if state is not None:
