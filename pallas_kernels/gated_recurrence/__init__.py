@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import compat, dispatch
 from pallas_kernels.gated_recurrence import reference, xla
 
 
@@ -28,13 +28,28 @@ def gated_recurrence(
     accumulate in float32. Only exponentials of non-positive numbers are formed.
     FLOPs per token, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: G 2 dk c + H (2 dv c + 4 dk dv
     + 2 dk dv / Q); the plain form runs the full square, Q in place of c, and pads T to whole chunks.
-    Memory between the passes: scores and decays of all chunks, T Q (G + H) numbers a row, and T / Q states.
+    Memory between the passes: the inputs; the backward pass works the chunks out again. Its temporaries are, plain:
+    scores and decays of all chunks, T Q (G + H) numbers a row, and T / Q states; on Hopper, where Q is 64: T / Q states
+    and, where groups are fewer than heads, the gradients of q and k head by head.
     Source: Dao & Gu 2024 (arXiv 2405.21060); Yang et al. 2023 (arXiv 2312.06635).
     """
-    if dispatch.choose("gated_recurrence", kernels, {}) == "reference":
+    chosen = dispatch.choose("gated_recurrence", kernels, {"mosaic_gpu": lambda: _gpu_refusal(q, v)})
+    if chosen == "mosaic_gpu":
+        from pallas_kernels.gated_recurrence import gpu
+
+        return gpu.gated_recurrence(q, k, v, log_decay, state, reset)
+    if chosen == "reference":
         out, final = reference.gated_recurrence(q, k, v, log_decay, state, reset)
         return out.astype(v.dtype), final
     return xla.gated_recurrence(q, k, v, log_decay, state, reset, chunk)
+
+
+def _gpu_refusal(q: Array, v: Array) -> str:
+    if not compat.MOSAIC_GPU:
+        return f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
+    from pallas_kernels.gated_recurrence import gpu  # not above: it brings Pallas
+
+    return gpu.refusal(q, v)
 
 
 def step(

@@ -12,7 +12,6 @@ would carry the rounding errors of all of it.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -26,7 +25,7 @@ WIDEST = 256  # keys: the state's 256 x 64 block takes half of a thread's regist
 WIDEST_BACK = 128  # values, in the backward pass: wider heads are worked on as several of the same keys
 
 
-def refusal(q: Array, k: Array, v: Array) -> str:
+def refusal(q: Array, v: Array) -> str:
     """Why the kernels do not take these arguments; "" where they do."""
     dk, dv = q.shape[-1], v.shape[-1]
     if v.dtype != jnp.bfloat16:

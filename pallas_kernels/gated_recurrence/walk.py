@@ -6,18 +6,18 @@ decayed scores times v. The state is float32 and is rounded only as the operand 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat, dispatch
 
+plgpu: Any = mosaic_gpu  # what its annotations say differs between versions of JAX
 F32 = jnp.float32
 L = 64  # tokens of a chunk and columns of a block of values: the rows of one wgmma
 SQUARE = (L, L)
@@ -27,14 +27,6 @@ TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 # Rows of the gates. The exponent is there twice, as is the document: the compiler makes one of two loads from one
 # place, and finds no layout for what is then both a column and a row.
 TO, OF, ENTERING, LEFT, DOCUMENT_TO, DOCUMENT_OF = range(6)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    early: int = 2  # buffers of what a chunk has done with after its first products: q, k
-    late: int = 2  # of what it needs to its end: v, gates
-    overlap: bool = False
-    barriers: bool = True
 
 
 def walk(
@@ -48,9 +40,11 @@ def walk(
     weigh: Float[Array, "B T Hw V"] | None = None,
     keep: bool = False,
     against: Float[Array, "B H C K V"] | None = None,
-    tuning: Tuning | None = None,
 ) -> dict[str, Array]:
     """One sweep over the chunks of all heads, forward or `reverse`; arrays of fewer heads are shared by groups.
+
+    The rows of `gates` are named above: sums of log decays from the chunk's beginning, in base 2; what is left of the
+    entering state at a token, and of a token at the chunk's end; and the number of its document, where there are any.
 
     out (B, T, H, V), in v's dtype, and final (B, H, K, V), the state after it. With `weigh`, sums
     (B, H, V / L, 2, C L): its product with what came of the state, and with the rest of out, over a block of columns.
@@ -71,23 +65,23 @@ def walk(
     }
     outputs = {name: a for name, a in outputs.items() if a is not None}
 
-    tuning = tuning or fitting(K, weigh is not None, against is not None)
+    n_early, n_late = buffers(K, weigh is not None, against is not None), 2
 
     def tile(*shape: int) -> Any:
         return plgpu.SMEM(shape, dtype, transforms=TILED)
 
-    buffers = {
-        "q": tile(tuning.early, L, K),
-        "k": tile(tuning.early, L, K),
-        "against": tile(tuning.early, K, L),
-        "v": tile(tuning.late, L, L),
-        "gates": plgpu.SMEM((tuning.late, R, L), F32),
-        "weigh": tile(tuning.late, L, L),
+    ins = {
+        "q": tile(n_early, L, K),
+        "k": tile(n_early, L, K),
+        "against": tile(n_early, K, L),
+        "v": tile(n_late, L, L),
+        "gates": plgpu.SMEM((n_late, R, L), F32),
+        "weigh": tile(n_late, L, L),
     }
     scratch = {
-        "ins": {name: buffers[name] for name in early | late},
-        "early_there": plgpu.Barrier(num_arrivals=len(early), num_barriers=tuning.early),
-        "late_there": plgpu.Barrier(num_arrivals=len(late), num_barriers=tuning.late),
+        "ins": {name: ins[name] for name in early | late},
+        "early_there": plgpu.Barrier(num_arrivals=len(early), num_barriers=n_early),
+        "late_there": plgpu.Barrier(num_arrivals=len(late), num_barriers=n_late),
         "S_low": tile(K, L),
         "square": tile(L, L),
         "sums": plgpu.SMEM((2, L), F32) if weigh is not None else None,
@@ -134,7 +128,7 @@ def walk(
 
         def step(i, S):
             at = place(i)
-            here_early, here_late = lax.rem(i, jnp.int32(tuning.early)), lax.rem(i, jnp.int32(tuning.late))
+            here_early, here_late = lax.rem(i, jnp.int32(n_early)), lax.rem(i, jnp.int32(n_late))
             chunk = {name: ins[name].at[here_early if name in early else here_late] for name in ins}
             q, k, v, gates = (chunk[name] for name in ("q", "k", "v", "gates"))
             entering, written = (LEFT, ENTERING) if reverse else (ENTERING, LEFT)
@@ -162,7 +156,9 @@ def walk(
                 exponent = jnp.where(seen, -exponent if reverse else exponent, -jnp.inf)
                 return (scores * jnp.exp2(exponent)).astype(dtype)
 
-            if tuning.overlap and not dispatch.interpret():
+            # With scores decayed while the other two products run, it needs more registers, which K = 256 has not;
+            # those with K up to 128 and no `weigh` gain nothing.
+            if weigh is not None and not dispatch.interpret():
 
                 def products(scores, inherited, S_new):
                     S_new[...] = S * carried
@@ -179,11 +175,11 @@ def walk(
                     products, plgpu.ACC(SQUARE, F32), plgpu.ACC(SQUARE, F32), plgpu.ACC((K, L), F32)
                 )
                 plgpu.commit_smem()
-                fetch_if_any(early, early_there, i + tuning.early)
+                fetch_if_any(early, early_there, i + n_early)
             else:
                 scores, inherited, S = multiply((q, k.T), (q, S_low), (k.T, square, S * carried))
                 plgpu.commit_smem()
-                fetch_if_any(early, early_there, i + tuning.early)
+                fetch_if_any(early, early_there, i + n_early)
                 inherited = inherited * rows(gates.at[entering])
                 (out,) = multiply((decay(scores), v, inherited))
             square[...] = out.astype(dtype)
@@ -199,7 +195,7 @@ def walk(
             if against is not None:
                 store(cross, gmem["cross"].at[b, h, n, at])
             plgpu.commit_smem_to_gmem_group()
-            fetch_if_any(late, late_there, i + tuning.late)
+            fetch_if_any(late, late_there, i + n_late)
             return S
 
         for group, there in (early, early_there), (late, late_there):
@@ -215,21 +211,22 @@ def walk(
         scratch_types=scratch,
         grid=(N, B * H),
         grid_names=("n", "row"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not tuning.barriers),
+        # every buffer that is written is followed by commit_smem or a wait, which are barriers
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=compat.gpu_interpreter() if dispatch.interpret() else None,
         kernel_name="gated_recurrence",
     )(*(a for _, a in (early | late).values()), state)
     return dict(zip(outputs, results, strict=True))
 
 
-def fitting(K: int, weigh: bool, against: bool) -> Tuning:
-    """As many buffers as let two blocks share a multiprocessor, or, where two never fit, one have it."""
+def buffers(K: int, weigh: bool, against: bool) -> int:
+    """How many of q and k: as let two blocks share a multiprocessor, or two where even one each would not."""
     once = 2 * L * (K + L) + 2 * 2 * L * L * (1 + weigh) + 6 * 4 * 2 * L
     each = 2 * L * (2 * K + K * against)
-    return Tuning(early=1 if once + each <= HALF < once + 2 * each else 2)
+    return 1 if once + each <= HALF < once + 2 * each else 2
 
 
-def multiply(*products: Any) -> list[Array]:
+def multiply(*products: Any) -> Any:
     """a b, or a b + c, of each, issued together to the tensor cores and waited for. b in shared memory, a there or in
     registers."""
     starts = []
