@@ -170,6 +170,6 @@ def _walk(q: Array, k: Array, v: Array, gates: Array, state: Array, **options: A
 
         folded = [fold(a, has_axis) for a, has_axis in zip(arguments, batched, strict=True)]
         swept = _walk(*folded[:5], **dict(zip(names, folded[5:], strict=True)), **options)
-        return jax.tree.map(lambda a: (a.reshape(size, -1, *a.shape[1:]), True), swept)
+        return {name: a.reshape(size, -1, *a.shape[1:]) for name, a in swept.items()}, dict.fromkeys(swept, True)
 
     return call(q, k, v, gates, state, *arrays.values())
