@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.gated_recurrence.walk import ENTERING, F32, L, walk
+from pallas_kernels.gated_recurrence.walk import F32, Gates, L, walk
 
 WIDEST = 256  # keys: the state's 256 x 64 block takes half of a thread's registers
 WIDEST_BACK = 128  # values, in the backward pass: wider heads are worked on as several of the same keys
@@ -56,75 +56,93 @@ def _recurrence(q: Array, k: Array, v: Array, log_decay: Array, state: Array, re
 
 
 def _forward(q: Array, k: Array, v: Array, log_decay: Array, state: Array, reset: Array | None) -> Any:
-    swept = _walk(q, k, v, _gates(log_decay, reset), state)
+    swept = sweep(q, k, v, _gates(log_decay, reset), state)
     return (swept["out"], swept["final"]), (q, k, v, log_decay, state, reset)
 
 
 def _backward(kept: Any, cotangents: Any) -> Any:
     q, k, v, log_decay, state, reset = kept
-    d_out, d_final = cotangents
-    gates = _gates(log_decay, reset)
-    d_v = _walk(k, q, d_out, gates, d_final, reverse=True)
-
-    pieces = _pieces(v.shape[-1])
-    v, d_out = (_split(a, pieces) for a in (v, d_out))
-    state, d_final = (_split_state(a, pieces) for a in (state, d_final))
-    d_q = _walk(d_out, v, k, gates, state, weigh=q, keep=True)
-    d_k = _walk(v, d_out, q, gates, d_final, reverse=True, weigh=k, against=d_q["states"])
-    d_log_decay = _decay_gradient(gates, d_q["sums"], d_k["sums"], d_k["cross"], log_decay.shape)
-    return (
-        _of_groups(d_q["out"], q),
-        _of_groups(d_k["out"], k),
-        d_v["out"],
-        d_log_decay,
-        d_v["final"],
-        None,
-    )
+    d_q, _, d_k, d_v, d_log_decay, d_state = gradients(q, k, v, _gates(log_decay, reset), state, *cotangents)
+    return d_q, d_k, d_v, jnp.moveaxis(d_log_decay[..., : v.shape[1]], 1, 2), d_state, None
 
 
 _recurrence.defvjp(_forward, _backward)
 
 
-def _gates(log_decay: Array, reset: Array | None) -> Array:
-    """(B, T, H) -> (B, H, R, C L): what the kernel wants to know of the decays; see `walk`."""
-    B, T, H = log_decay.shape
-    C = -(-T // L)
+def gradients(
+    q: Array, k: Array, v: Array, gates: Gates, state: Array, d_out: Array, d_final: Array, shares: Any = None
+) -> tuple[Array, ...]:
+    """Of q, k, v, log decays (B, H, C L) and the state; and k . dk per token. `shares` go with a bias in the gates: the
+    rows at the beginning of each chunk, and their gradients at its end, both (B, H, C, dk)."""
+    (B, _, H, dv), dk = v.shape, q.shape[-1]
+    pieces = dv // (WIDEST_BACK if dv % WIDEST_BACK == 0 else L)
 
-    def chunked(a: Array) -> Array:
-        return jnp.pad(a, ((0, 0), (0, C * L - T), *((0, 0),) * (a.ndim - 2))).reshape(B, C, L, *a.shape[2:])
+    def split(a: Array) -> Array:
+        """(B, T, H, dv) -> (B, T, H pieces, dv / pieces)."""
+        return a.reshape(*a.shape[:2], H * pieces, dv // pieces)
 
-    b = jnp.cumsum(jnp.moveaxis(chunked(log_decay), 3, 1), axis=-1)  # (B, H, C, L), inclusive
+    def split_state(a: Array) -> Array:
+        """(B, H, dk, dv) -> (B, H pieces, dv / pieces, dk)."""
+        return jnp.swapaxes(a, 2, 3).reshape(B, H * pieces, dv // pieces, dk)
+
+    def whole(a: Array) -> Array:
+        """Sums over the pieces of a head and blocks of columns."""
+        return a.reshape(B, H, -1, *a.shape[3:]).sum(axis=2)
+
+    swept = sweep(k, q, d_out, gates, d_final, reverse=True)
+    d_v, d_state = swept["out"], swept["final"]
+    if shares is not None:  # each piece has its part of the bias, all have the share
+        gates = gates | {"bias": gates["bias"] / pieces}
+    before, after = ({}, {}) if shares is None else ({"share": shares[0]}, {"share": shares[1] / pieces})
+    v, d_out, state, d_final = split(v), split(d_out), split_state(state), split_state(d_final)
+    d_q = sweep(d_out, v, k, gates, state, weigh=q, keep=True, **before)
+    d_k = sweep(v, d_out, q, gates, d_final, reverse=True, weigh=k, against=d_q["states"], **after)
+
+    q_sums, k_sums = whole(d_q["sums"]), whole(d_k["sums"])
+    cross = whole(d_k["cross"]).sum(axis=-1)
+    if shares is not None:
+        cross += jnp.sum(shares[0] * shares[1], axis=-1)
+    d_log_decay = _decay_gradient(gates["carried"], q_sums, k_sums, cross)
+    return _of_groups(d_q["out"], q), k_sums.sum(axis=2), _of_groups(d_k["out"], k), d_v, d_log_decay, d_state
+
+
+def chunked(a: Array, fill: float = 0.0) -> Array:
+    """(B, T, ...) -> (B, ..., C, L)."""
+    B, T = a.shape[:2]
+    a = jnp.pad(a, ((0, 0), (0, -T % L), *((0, 0),) * (a.ndim - 2)), constant_values=fill)
+    return jnp.moveaxis(a.reshape(B, -1, L, *a.shape[2:]), (1, 2), (-2, -1))
+
+
+def _gates(log_decay: Array, reset: Array | None) -> Gates:
+    b = jnp.cumsum(chunked(log_decay), axis=-1)  # (B, H, C, L), inclusive
     entering, left = jnp.exp(b), jnp.exp(b[..., -1:] - b)
     exponent = b * math.log2(math.e)
-    gates = [exponent, exponent, entering, left]
+    documents = {}
     if reset is not None:
-        document = jnp.cumsum(chunked(reset), axis=2)[:, None]  # numbered inside the chunk; 0 began before it
+        document = jnp.cumsum(chunked(reset), axis=-1)[:, None]  # numbered inside the chunk; 0 began before it
         entering = jnp.where(document == 0, entering, 0.0)
         left = jnp.where(document == document[..., -1:], left, 0.0)
-        document = jnp.broadcast_to(document.astype(F32), b.shape)
-        gates = [exponent, exponent, entering, left, document, document]
-    return jnp.stack(gates, axis=2).reshape(B, H, len(gates), C * L)
+        documents = documents_of(document, b.shape)
+    gates = {"to": exponent, "of": exponent, "entering": entering, "left": left, "carried": entering} | documents
+    return {name: a.reshape(*b.shape[:2], -1) for name, a in gates.items()}
 
 
-def _decay_gradient(gates: Array, q_sums: Array, k_sums: Array, cross: Array, shape: Any) -> Array:
-    """The decay between tokens t - 1 and t weighs the pairs (s, u) with s < t <= u.
+def documents_of(document: Array, shape: Any) -> Gates:
+    document = jnp.broadcast_to(document.astype(F32), shape)
+    return {"document_to": document, "document_of": document}
+
+
+def _decay_gradient(carried: Array, q_sums: Array, k_sums: Array, cross: Array) -> Array:
+    """(B, H, C L): the decay between tokens t - 1 and t weighs the pairs (s, u) with s < t <= u.
 
     The sums hold q_u . dq_u and k_s . dk_s, each apart for what came by the state and for the tokens of the chunk.
     """
-    B, T, H = shape
-    C = gates.shape[3] // L
-
-    def of_heads(a: Array) -> Array:
-        return a.reshape(B, H, -1, *a.shape[3:]).sum(axis=2)  # the pieces of a head, and its blocks of columns
-
-    q_sums, k_sums = (of_heads(a).reshape(B, H, 2, C, L) for a in (q_sums, k_sums))
-    carried = gates[:, :, ENTERING].reshape(B, H, C, L)[..., -1]
-    across = carried * of_heads(cross).sum(axis=-1)  # (B, H, C): from before the chunk to after it
+    q_sums, k_sums = (a.reshape(*a.shape[:3], -1, L) for a in (q_sums, k_sums))
+    across = carried.reshape(*cross.shape, L)[..., -1] * cross  # (B, H, C): from before the chunk to after it
     after = q_sums[:, :, 0] + q_sums[:, :, 1] - k_sums[:, :, 1]
     before = k_sums[:, :, 0]
     d = jnp.flip(jnp.cumsum(jnp.flip(after, -1), axis=-1), -1) + jnp.cumsum(before, axis=-1) - before
-    d = (d + across[..., None]).reshape(B, H, C * L)[..., :T]
-    return jnp.moveaxis(d, 1, 2)
+    return (d + across[..., None]).reshape(carried.shape)
 
 
 def _of_groups(d: Array, like: Array) -> Array:
@@ -135,41 +153,25 @@ def _of_groups(d: Array, like: Array) -> Array:
     return d.reshape(B, T, G, -1, dk).astype(F32).sum(axis=3).astype(like.dtype)
 
 
-def _pieces(dv: int) -> int:
-    return dv // (WIDEST_BACK if dv % WIDEST_BACK == 0 else L)
-
-
-def _split(a: Array, pieces: int) -> Array:
-    """(B, T, H, dv) -> (B, T, H pieces, dv / pieces)."""
-    return a.reshape(*a.shape[:2], -1, a.shape[-1] // pieces)
-
-
-def _split_state(a: Array, pieces: int) -> Array:
-    """(B, H, dk, dv) -> (B, H pieces, dv / pieces, dk)."""
-    B, H, dk, dv = a.shape
-    return jnp.swapaxes(a, 2, 3).reshape(B, H * pieces, dv // pieces, dk)
-
-
 # ----------------------------------------------------------------------------------------------- populations
 
 
-def _walk(q: Array, k: Array, v: Array, gates: Array, state: Array, **options: Any) -> dict[str, Array]:
+def sweep(q: Array, k: Array, v: Array, gates: Gates, state: Array, **options: Any) -> dict[str, Array]:
     """`walk`, over one more axis as over more rows of the batch."""
-    arrays = {name: options.pop(name) for name in ("weigh", "against") if name in options}
-    names = tuple(arrays)
+    arrays = {name: options.pop(name) for name in ("weigh", "against", "share") if name in options}
 
     @jax.custom_batching.custom_vmap
-    def call(*arguments: Array) -> dict[str, Array]:
-        return walk(*arguments[:5], **dict(zip(names, arguments[5:], strict=True)), **options)
+    def call(arrays: Any, *arguments: Any) -> dict[str, Array]:
+        return walk(*arguments, **arrays, **options)
 
     @call.def_vmap
-    def _(size: int, batched: Any, *arguments: Array) -> Any:
+    def _(size: int, batched: Any, *arguments: Any) -> Any:
         def fold(a: Array, has_axis: bool) -> Array:
             a = a if has_axis else jnp.broadcast_to(a, (size, *a.shape))
             return a.reshape(-1, *a.shape[2:])
 
-        folded = [fold(a, has_axis) for a, has_axis in zip(arguments, batched, strict=True)]
-        swept = _walk(*folded[:5], **dict(zip(names, folded[5:], strict=True)), **options)
+        arrays, *rest = jax.tree.map(fold, arguments, tuple(batched))
+        swept = sweep(*rest, **arrays, **options)
         return {name: a.reshape(size, -1, *a.shape[1:]) for name, a in swept.items()}, dict.fromkeys(swept, True)
 
-    return call(q, k, v, gates, state, *arrays.values())
+    return call(arrays, q, k, v, gates, state)

@@ -24,27 +24,31 @@ SQUARE = (L, L)
 WGMMA = plgpu.Layout.WGMMA
 HALF = 110 * 1024  # bytes of shared memory, of a multiprocessor's 228 KiB, less what the compiler and the driver take
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-# Rows of the gates. The exponent is there twice, as is the document: the compiler makes one of two loads from one
-# place, and finds no layout for what is then both a column and a row.
-TO, OF, ENTERING, LEFT, DOCUMENT_TO, DOCUMENT_OF = range(6)
+Gates = dict[str, Float[Array, "B Hg C*L"]]
 
 
 def walk(
     q: Float[Array, "B T Hq K"],
     k: Float[Array, "B T Hk K"],
     v: Float[Array, "B T Hv V"],
-    gates: Float[Array, "B Hg R C*L"],
+    gates: Gates,
     state: Float[Array, "B H K V"],
     *,
     reverse: bool = False,
     weigh: Float[Array, "B T Hw V"] | None = None,
     keep: bool = False,
     against: Float[Array, "B H C K V"] | None = None,
+    share: Float[Array, "B H C V"] | None = None,
+    eps: float = 0.0,
 ) -> dict[str, Array]:
     """One sweep over the chunks of all heads, forward or `reverse`; arrays of fewer heads are shared by groups.
 
-    The rows of `gates` are named above: sums of log decays from the chunk's beginning, in base 2; what is left of the
-    entering state at a token, and of a token at the chunk's end; and the number of its document, where there are any.
+    Gates: the weight of token s at token t of its chunk is 2^(to_t - of_s), that of the state before the chunk
+    `entering`, that of a token at the chunk's end `left`; the state keeps `carried` of itself, read from the chunk's
+    last token. Where there are documents, their numbers, twice: the compiler makes one of two loads from one place, and
+    finds no layout for what is then both a column and a row. With `inherited` and `bound` every output is divided by
+    max(|sum of its weights with q k^T, and inherited|, bound) + eps; the sum is norm (B, H, C L). With `bias` a number
+    for each q, or k if `reverse`, is added to its products q k^T, and `share` is the row that this gives the state.
 
     out (B, T, H, V), in v's dtype, and final (B, H, K, V), the state after it. With `weigh`, sums
     (B, H, V / L, 2, C L): its product with what came of the state, and with the rest of out, over a block of columns.
@@ -52,16 +56,20 @@ def walk(
     (B, H, V / L, C, K): its product with the state before each chunk, over a block of columns.
     """
     (B, T, _, V), K, dtype = v.shape, q.shape[3], v.dtype
-    H, (R, padded) = state.shape[1], gates.shape[2:]
+    H, order, stacked = state.shape[1], list(gates), jnp.stack(list(gates.values()), axis=2)
+    R, padded = stacked.shape[2:]
+    divided, biased = "bound" in gates, share is not None
     N, C = V // L, padded // L
     early = {"q": (K, q), "k": (K, k)} | ({} if against is None else {"against": (L, against)})
-    late = {"v": (L, v), "gates": (L, gates)} | ({} if weigh is None else {"weigh": (L, weigh)})
+    late = {"v": (L, v), "gates": (L, stacked)} | ({} if weigh is None else {"weigh": (L, weigh)})
+    late |= {"share": (L, share)} if biased else {}
     outputs = {
         "out": jax.ShapeDtypeStruct((B, T, H, V), dtype),
         "final": jax.ShapeDtypeStruct((B, H, K, V), F32),
         "sums": None if weigh is None else jax.ShapeDtypeStruct((B, H, N, 2, padded), F32),
         "states": jax.ShapeDtypeStruct((B, H, C, K, V), dtype) if keep else None,
         "cross": None if against is None else jax.ShapeDtypeStruct((B, H, N, C, K), F32),
+        "norm": jax.ShapeDtypeStruct((B, H, padded), F32) if divided else None,
     }
     outputs = {name: a for name, a in outputs.items() if a is not None}
 
@@ -77,6 +85,7 @@ def walk(
         "v": tile(n_late, L, L),
         "gates": plgpu.SMEM((n_late, R, L), F32),
         "weigh": tile(n_late, L, L),
+        "share": plgpu.SMEM((n_late, L), F32),
     }
     scratch = {
         "ins": {name: ins[name] for name in early | late},
@@ -86,9 +95,10 @@ def walk(
         "square": tile(L, L),
         "sums": plgpu.SMEM((2, L), F32) if weigh is not None else None,
         "cross": plgpu.SMEM((K,), F32) if against is not None else None,
+        "norm": plgpu.SMEM((L,), F32) if divided else None,
     }
 
-    def kernel(*refs, ins, early_there, late_there, S_low, square, sums, cross):
+    def kernel(*refs, ins, early_there, late_there, S_low, square, sums, cross, norm):
         names = [*early, *late, "state", *outputs]
         gmem = dict(zip(names, refs, strict=True))
         n, row = lax.axis_index("n"), lax.axis_index("row")
@@ -101,7 +111,7 @@ def walk(
         def of(name, i):
             """The part of an input that chunk i needs."""
             ref, at = gmem[name], place(i)
-            heads = ref.shape[1 if name in ("gates", "against") else 2]
+            heads = ref.shape[1 if name in ("gates", "against", "share") else 2]
             g = h if heads == H else lax.div(h, jnp.int32(H // heads))
             tokens = pl.ds(at * L, L)
             match name:
@@ -111,6 +121,8 @@ def walk(
                     return ref.at[b, g, :, tokens]
                 case "against":
                     return ref.at[b, g, at, :, columns]
+                case "share":
+                    return ref.at[b, g, at, columns]
             return ref.at[b, tokens, g, columns]
 
         def fetch(group, there, i):
@@ -130,12 +142,16 @@ def walk(
             at = place(i)
             here_early, here_late = lax.rem(i, jnp.int32(n_early)), lax.rem(i, jnp.int32(n_late))
             chunk = {name: ins[name].at[here_early if name in early else here_late] for name in ins}
-            q, k, v, gates = (chunk[name] for name in ("q", "k", "v", "gates"))
-            entering, written = (LEFT, ENTERING) if reverse else (ENTERING, LEFT)
+            q, k, v = (chunk[name] for name in ("q", "k", "v"))
+            entering, written = ("left", "entering") if reverse else ("entering", "left")
+
+            def gate(name):
+                return chunk["gates"].at[order.index(name)]
+
             plgpu.barrier_wait(early_there.at[here_early])
             plgpu.barrier_wait(late_there.at[here_late])
 
-            weighted = (plgpu.load(v, layout=WGMMA).astype(F32) * rows(gates.at[written])).astype(dtype)
+            weighted = (plgpu.load(v, layout=WGMMA).astype(F32) * rows(gate(written))).astype(dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the chunk before: its buffers are free now
             S_low[...] = S.astype(dtype)
             square[...] = weighted
@@ -144,17 +160,27 @@ def walk(
             plgpu.commit_smem()
             if keep:
                 store(S_low, gmem["states"].at[b, h, at, :, columns])
-            carried = gates[ENTERING, L - 1]
+            carried = chunk["gates"][order.index("carried"), L - 1]
 
             def decay(scores):
                 to = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=WGMMA)
                 source = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=WGMMA)
                 seen = source >= to if reverse else to >= source
-                if R > DOCUMENT_TO:
-                    seen = seen & (rows(gates.at[DOCUMENT_TO]) == columns_(gates.at[DOCUMENT_OF]))
-                exponent = rows(gates.at[TO]) - columns_(gates.at[OF])
-                exponent = jnp.where(seen, -exponent if reverse else exponent, -jnp.inf)
-                return (scores * jnp.exp2(exponent)).astype(dtype)
+                if "document_to" in gates:
+                    seen = seen & (rows(gate("document_to")) == columns_(gate("document_of")))
+                exponent = (
+                    columns_(gate("to")) - rows(gate("of")) if reverse else rows(gate("to")) - columns_(gate("of"))
+                )
+                if biased:
+                    scores = scores + (columns_ if reverse else rows)(gate("bias"))
+                return scores * jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
+
+            def enter(products):
+                """What the state gives, of its product with q."""
+                if biased:
+                    extra = columns_(chunk["share"])
+                    products = products + (extra if reverse else extra * rows(gate("bias")))
+                return products * rows(gate(entering))
 
             # With scores decayed while the other two products run, it needs more registers, which K = 256 has not;
             # those with K up to 128 and no `weigh` gain nothing.
@@ -165,8 +191,8 @@ def walk(
                     plgpu.wgmma(scores, q, k.T)
                     plgpu.wgmma(inherited, q, S_low)
                     plgpu.wgmma(S_new, k.T, square)
-                    weights = decay(plgpu.wgmma_accumulator_load(scores, wait_n=2))
-                    scaled = plgpu.wgmma_accumulator_load(inherited, wait_n=1) * rows(gates.at[entering])
+                    weights = decay(plgpu.wgmma_accumulator_load(scores, wait_n=2)).astype(dtype)
+                    scaled = enter(plgpu.wgmma_accumulator_load(inherited, wait_n=1))
                     inherited[...] = scaled
                     plgpu.wgmma(inherited, weights, v)
                     return scaled, plgpu.wgmma_accumulator_load(inherited, wait_n=0), S_new[...]
@@ -180,8 +206,13 @@ def walk(
                 scores, inherited, S = multiply((q, k.T), (q, S_low), (k.T, square, S * carried))
                 plgpu.commit_smem()
                 fetch_if_any(early, early_there, i + n_early)
-                inherited = inherited * rows(gates.at[entering])
-                (out,) = multiply((decay(scores), v, inherited))
+                inherited, weights = enter(inherited), decay(scores)
+                (out,) = multiply((weights.astype(dtype), v, inherited))
+                if divided:
+                    total = jnp.sum(weights, axis=1) + plgpu.load(gate("inherited"), layout=WGMMA.reduce(1))
+                    norm[...] = total
+                    bound = jnp.maximum(jnp.abs(total), plgpu.load(gate("bound"), layout=WGMMA.reduce(1)))
+                    out = out * lax.broadcast_in_dim(1.0 / (bound + eps), SQUARE, [0])
             square[...] = out.astype(dtype)
             if weigh is not None:
                 by = plgpu.load(chunk["weigh"], layout=WGMMA).astype(F32)
@@ -194,6 +225,8 @@ def walk(
                 store(sums, gmem["sums"].at[b, h, n, :, tokens])
             if against is not None:
                 store(cross, gmem["cross"].at[b, h, n, at])
+            if divided:  # blocks of columns find the same
+                pl.when(n == 0)(lambda: store(norm, gmem["norm"].at[b, h, tokens]))
             plgpu.commit_smem_to_gmem_group()
             fetch_if_any(late, late_there, i + n_late)
             return S
@@ -221,7 +254,7 @@ def walk(
 
 def buffers(K: int, weigh: bool, against: bool) -> int:
     """How many of q and k: as let two blocks share a multiprocessor, or two where even one each would not."""
-    once = 2 * L * (K + L) + 2 * 2 * L * L * (1 + weigh) + 6 * 4 * 2 * L
+    once = 2 * L * (K + L) + 2 * 2 * L * L * (1 + weigh) + 8 * 4 * 2 * L
     each = 2 * L * (2 * K + K * against)
     return 1 if once + each <= HALF < once + 2 * each else 2
 

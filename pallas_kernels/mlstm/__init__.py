@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import compat, dispatch
 from pallas_kernels.mlstm import reference, xla
 
 
@@ -42,11 +42,27 @@ def mlstm(
     Precision: gates, sums, exponentials, normaliser and states are float32; products take their operands in v's dtype
     and accumulate in float32. m is a constant to the backward pass, h being independent of it but for eps.
     FLOPs per token and head, c = (Q + 1) / 2: 2 (dk + dv) c + 4 dk dv + 2 dk dv / Q + 4 dk; the plain form runs the
-    full square, Q in place of c, and pads T to whole chunks.
+    full square, Q in place of c, and pads T to whole chunks, as does Hopper's kernel, where Q is 64.
+    Memory between the passes, on Hopper: the inputs, h, the states given, and in float32 7 numbers (9 with documents)
+    a token, n at every chunk and (T / 64)^2 decays between chunks, a head.
     Source: Beck et al. 2024 (arXiv 2405.04517), Beck et al. 2025 (arXiv 2503.14376).
     """
-    if dispatch.choose("mlstm", kernels, {}) == "reference":
+    chosen = dispatch.choose("mlstm", kernels, {"mosaic_gpu": lambda: _gpu_refusal(q, v)})
+    if chosen == "mosaic_gpu":
+        from pallas_kernels.mlstm import gpu
+
+        h, C, n, m = gpu.mlstm(q, k, v, i, f, state, reset, eps)
+        return h, State(C, n, m)
+    if chosen == "reference":
         h, after = reference.mlstm(q, k, v, i, f, state, reset, eps)
         return h.astype(v.dtype), State(*after)
     h, C, n, m = xla.mlstm(q, k, v, i, f, state, reset, chunk, eps)
     return h, State(C, n, m)
+
+
+def _gpu_refusal(q: Array, v: Array) -> str:
+    if not compat.MOSAIC_GPU:
+        return f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
+    from pallas_kernels.mlstm import gpu  # not above: it brings Pallas
+
+    return gpu.refusal(q, v)

@@ -1,0 +1,140 @@
+"""The cell on Hopper: the kernel of `gated_recurrence`, whose gates take the input gate and the stabiliser as well.
+
+With m as a constant, C_t is a gated recurrence in which token s weighs exp(b_t - b_s + i_s - m_t) at token t, b the sum
+of log forget gates: 2^(to_t - of_s), the scale of q within `to`. The normaliser is the sum of the same weights with
+q k^T, which the kernel adds up for the tokens of a chunk; n itself, one vector a chunk, is passed on outside by a
+product over all pairs of chunks. Backwards, 1 / (the divisor) goes into `to`, so that no array of values is scaled, and
+the gradient of the normaliser is a number that is added to every product d_h v^T of a token.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.gated_recurrence import gpu as recurrence
+from pallas_kernels.gated_recurrence.gpu import chunked
+from pallas_kernels.gated_recurrence.walk import F32, L
+from pallas_kernels.mlstm.xla import EMPTY
+
+LOG2E = math.log2(math.e)
+refusal = recurrence.refusal
+
+
+def mlstm(
+    q: Array, k: Array, v: Array, i: Array, f: Array, state: Any, reset: Array | None, eps: float
+) -> tuple[Array, Array, Array, Array]:
+    (B, T, H, dk), dv = q.shape, v.shape[-1]
+    if state is None:
+        state = (jnp.zeros((B, H, dk, dv), F32), jnp.zeros((B, H, dk), F32), jnp.full((B, H), EMPTY, F32))
+
+    def whole(a: Array, fill: float = 0.0) -> Array:
+        short = ((0, 0), (0, -T % L), *((0, 0),) * (a.ndim - 2))
+        return jnp.pad(a, short, constant_values=fill) if T % L else a
+
+    q, k, v = (whole(a.astype(v.dtype)) for a in (q, k, v))
+    # a token of padding neither decays the state nor adds to it
+    i, log_f = whole(i.astype(F32), EMPTY), whole(jax.nn.log_sigmoid(f.astype(F32)))
+    reset = None if reset is None else whole(reset)
+    h, C, n, m = _run(q, k, v, i, log_f, *(a.astype(F32) for a in state), reset, eps)
+    return h[:, :T], C, n, m
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9,))
+def _run(*arguments: Any) -> Any:
+    return _forward(*arguments)[0]
+
+
+def _forward(
+    q: Array, k: Array, v: Array, i: Array, log_f: Array, C: Array, n: Array, m: Array, reset: Any, eps: float
+) -> Any:
+    gates, between, m_t, last_m = _gates(i, log_f, m, reset, q.shape[-1])
+    added = _over_tokens(gates["left"], k)
+    n_all = _product("bhcj,bhjk->bhck", between, jnp.concatenate([n[:, :, None], added], axis=2))
+    starts = n_all[:, :, :-1]
+    by_token = jnp.moveaxis(starts, 1, 2)[:, :, None]  # (B, C, 1, H, dk)
+    inherited = jnp.sum(_by_chunk(q).astype(F32) * by_token, axis=-1)
+    inherited = gates["entering"] * jnp.moveaxis(inherited, 3, 1).reshape(gates["entering"].shape)
+    bound = jnp.exp(jnp.minimum(-m_t, 80.0))
+    swept = recurrence.sweep(q, k, v, gates | {"inherited": inherited, "bound": bound}, C, eps=eps)
+    h, norm = swept["out"], swept["norm"]
+    kept = q, k, v, h, gates, starts, between, norm, bound, C, n
+    return (h, swept["final"], n_all[:, :, -1], last_m), kept
+
+
+def _backward(eps: float, kept: Any, cotangents: Any) -> Any:
+    q, k, v, h, gates, starts, between, norm, bound, C, n = kept
+    d_h, d_C, d_n, _ = cotangents
+    divisor = jnp.maximum(jnp.abs(norm), bound) + eps
+    along_h = jnp.moveaxis(jnp.sum(d_h.astype(F32) * h.astype(F32), axis=-1), 1, 2)
+    bias = jnp.where(jnp.abs(norm) >= bound, -jnp.sign(norm) * along_h, 0.0)
+    entering = gates["entering"] / divisor
+    gates = gates | {"to": gates["to"] - jnp.log2(divisor), "entering": entering, "bias": bias}
+
+    d_starts = jnp.concatenate([_over_tokens(entering * bias, q), d_n[:, :, None]], axis=2)
+    d_added = _product("bhcj,bhck->bhjk", between, d_starts)
+    d_n = d_added[:, :, 0]
+    d_q, along_k, d_k, d_v, d_log_f, d_C = recurrence.gradients(
+        q, k, v, gates, C, d_h, d_C, shares=(starts, d_added[:, :, 1:])
+    )
+    d_m = jnp.sum(C * d_C, axis=(2, 3)) + jnp.sum(n * d_n, axis=2)
+    return d_q, d_k, d_v, jnp.moveaxis(along_k, 1, 2), jnp.moveaxis(d_log_f, 1, 2), d_C, d_n, d_m, None
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _gates(i: Array, log_f: Array, m: Array, reset: Array | None, dk: int) -> Any:
+    """The kernel's gates; the decay of n from the beginning of one chunk, or the state's, to that of a later one
+    (B, H, C + 1, C + 1); m per token (B, H, T); the last m (B, H)."""
+    i, b = chunked(i), jnp.cumsum(chunked(log_f), axis=-1)  # (B, H, C, L)
+    seen = jnp.tril(jnp.ones((L, L), bool))
+    entering, to_end, documents = b, b[..., -1:] - b + i, {}
+    if reset is not None:
+        document = jnp.cumsum(chunked(reset), axis=-1)[:, None]  # numbered inside the chunk; 0 began before it
+        seen = seen & (document[..., :, None] == document[..., None, :])
+        entering = jnp.where(document == 0, entering, EMPTY)
+        to_end = jnp.where(document == document[..., -1:], to_end, EMPTY)
+        documents = recurrence.documents_of(document, b.shape)
+
+    # Sums over the chunks between two, each taken apart: differences of one sum would drown in those of resets.
+    carried = entering[..., -1]  # (B, H, C)
+    at = jnp.arange(carried.shape[-1] + 1)
+    later = at[:, None] > at
+    gap = jnp.cumsum(jnp.where(later, jnp.pad(carried, ((0, 0), (0, 0), (1, 0)))[..., None], 0.0), axis=2)
+    gap = jnp.where(later | (at[:, None] == at), gap, -jnp.inf)
+    largest = jnp.concatenate([m[..., None], to_end.max(axis=-1)], axis=-1)
+    m_all = jnp.max(gap + largest[..., None, :], axis=-1)  # (B, H, C + 1), at the beginnings of chunks and the end
+    between = jnp.exp(gap + m_all[..., None, :] - m_all[..., None])
+    before, after = m_all[..., :-1, None], m_all[..., 1:, None]
+
+    own = jnp.max(jnp.where(seen, (i - b)[..., None, :], -jnp.inf), axis=-1)
+    m_t = jnp.maximum(b + own, entering + before)
+    gates = {
+        "to": (b - m_t) * LOG2E - 0.5 * math.log2(dk),
+        "of": (b - i) * LOG2E,
+        "entering": jnp.exp(entering + before - m_t) * dk**-0.5,
+        "left": jnp.exp(to_end - after),
+        "carried": jnp.broadcast_to(jnp.exp(carried[..., None] + before - after), b.shape),
+    }
+    gates, m_t = jax.tree.map(lambda a: a.reshape(*b.shape[:2], -1), (gates | documents, m_t))
+    return gates, between, m_t, m_all[..., -1]
+
+
+def _by_chunk(a: Array) -> Array:
+    """(B, T, H, d) -> (B, C, L, H, d)."""
+    return a.reshape(a.shape[0], -1, L, *a.shape[2:])
+
+
+def _over_tokens(weights: Array, a: Array) -> Array:
+    """Weighted sums over the tokens of chunks: (B, H, T), (B, T, H, d) -> (B, H, C, d)."""
+    weights = _by_chunk(jnp.moveaxis(weights, 1, 2))
+    return jnp.moveaxis(jnp.sum(weights[..., None] * _by_chunk(a).astype(F32), axis=2), 1, 2)
+
+
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
