@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from pallas_kernels.gated_recurrence import gpu as recurrence
@@ -41,7 +42,8 @@ def mlstm(
     # a token of padding neither decays the state nor adds to it
     i, log_f = whole(i.astype(F32), EMPTY), whole(jax.nn.log_sigmoid(f.astype(F32)))
     reset = None if reset is None else whole(reset)
-    h, C, n, m = _run(q, k, v, i, log_f, *(a.astype(F32) for a in state), reset, eps)
+    results: Any = _run(q, k, v, i, log_f, *(a.astype(F32) for a in state), reset, eps)
+    h, C, n, m = results
     return h[:, :T], C, n, m
 
 
@@ -57,9 +59,7 @@ def _forward(
     added = _over_tokens(gates["left"], k)
     n_all = _product("bhcj,bhjk->bhck", between, jnp.concatenate([n[:, :, None], added], axis=2))
     starts = n_all[:, :, :-1]
-    by_token = jnp.moveaxis(starts, 1, 2)[:, :, None]  # (B, C, 1, H, dk)
-    inherited = jnp.sum(_by_chunk(q).astype(F32) * by_token, axis=-1)
-    inherited = gates["entering"] * jnp.moveaxis(inherited, 3, 1).reshape(gates["entering"].shape)
+    inherited = gates["entering"] * _along(q, starts)
     bound = jnp.exp(jnp.minimum(-m_t, 80.0))
     swept = recurrence.sweep(q, k, v, gates | {"inherited": inherited, "bound": bound}, C, eps=eps)
     h, norm = swept["out"], swept["norm"]
@@ -127,14 +127,26 @@ def _gates(i: Array, log_f: Array, m: Array, reset: Array | None, dk: int) -> An
 
 
 def _by_chunk(a: Array) -> Array:
-    """(B, T, H, d) -> (B, C, L, H, d)."""
+    """(B, T, H, ...) -> (B, C, L, H, ...)."""
     return a.reshape(a.shape[0], -1, L, *a.shape[2:])
+
+
+def _as_it_is(a: Array) -> Array:
+    """Held to the order of its axes: XLA would otherwise write the large arrays below, transposed, in float32."""
+    return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
 
 
 def _over_tokens(weights: Array, a: Array) -> Array:
     """Weighted sums over the tokens of chunks: (B, H, T), (B, T, H, d) -> (B, H, C, d)."""
     weights = _by_chunk(jnp.moveaxis(weights, 1, 2))
-    return jnp.moveaxis(jnp.sum(weights[..., None] * _by_chunk(a).astype(F32), axis=2), 1, 2)
+    sums = jnp.sum(_as_it_is(weights[..., None] * _by_chunk(a).astype(F32)), axis=2)
+    return jnp.moveaxis(_as_it_is(sums), 1, 2)
+
+
+def _along(a: Array, b: Array) -> Array:
+    """Every token's product with a vector of its chunk: (B, T, H, d), (B, H, C, d) -> (B, H, T)."""
+    products = jnp.sum(_as_it_is(_by_chunk(a).astype(F32) * jnp.moveaxis(b, 1, 2)[:, :, None]), axis=-1)
+    return jnp.moveaxis(_as_it_is(products).reshape(a.shape[:3]), 1, 2)
 
 
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
