@@ -31,8 +31,7 @@ GATES = 4
 UNITS = 64  # of a warpgroup: the height of the matrix unit's tile
 ROWS = 8  # of the batch in a block
 DEPTH = 64  # of a piece of a product
-SUMS = 2
-EARLY = True
+SUMS = 2  # accumulators of the backward product, which wait for each other the less the more there are
 WGMMA = plgpu.Layout.WGMMA
 
 
@@ -214,7 +213,7 @@ def _forward(wx, R, start, *keep, save):
                     recurrent = result(sums[g], after)
                     return fresh[g] + (recurrent if old is None else old * recurrent)
 
-                later = len(sums[2:]) * len(left[0]) if EARLY else 0
+                later = len(sums[2:]) * len(left[0])  # z and o are multiplied meanwhile
                 i, f = raw(0, later), raw(1, later)
                 old_part, new_part, m_t = parts(i, f, m)
                 z, o = raw(2, 0), raw(3, 0)
