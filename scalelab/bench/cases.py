@@ -39,16 +39,17 @@ class Input:
 
 @dataclass(frozen=True)
 class Case:
-    """`inputs(rows)`: of a batch of so many rows; `op` of `pallas_kernels`."""
+    """`op` of `pallas_kernels`. `inputs(rows)`: of a batch of so many; `inputs(rows, tokens)`: rows of that length."""
 
     op: str
     name: str
     rows: int
-    inputs: Callable[[int], Sequence[Input]]
+    inputs: Callable[..., Sequence[Input]]
     run: Callable[[str], Callable[..., Any]]  # kernels -> (*arrays) -> outputs
     flops: float
     gradient_factor: float = 3.0  # FLOPs with gradients over those without
     small: int = 1  # rows of the comparison with the definition
+    short: int = 0  # and their tokens, where the definition keeps a state for each; 0: all
     peer: dict[str, Any] = field(default_factory=dict)  # for `torch_ops`
 
     @property
@@ -56,13 +57,12 @@ class Case:
         return [jax.ShapeDtypeStruct(i.shape, i.dtype) for i in self.inputs(self.rows)]
 
     def draw(self, key: jax.Array) -> list[jax.Array]:
-        return self._draw(key, self.rows)
+        return self._draw(key, self.inputs(self.rows))
 
     def draw_small(self, key: jax.Array) -> list[jax.Array]:
-        return self._draw(key, self.small)
+        return self._draw(key, self.inputs(self.small, self.short) if self.short else self.inputs(self.small))
 
-    def _draw(self, key: jax.Array, rows: int) -> list[jax.Array]:
-        inputs = self.inputs(rows)
+    def _draw(self, key: jax.Array, inputs: Sequence[Input]) -> list[jax.Array]:
         keys = jax.random.split(key, len(inputs))
         return [i.draw(k, i.shape).astype(i.dtype) for i, k in zip(inputs, keys, strict=True)]
 
@@ -159,19 +159,19 @@ def attention_case(B: int, T: int, H: int, d: int, dtype: Any) -> Case:
 
 
 def recurrence_case(kind: str, B: int, T: int, G: int, H: int, dk: int, dv: int, dtype: Any) -> Case:
-    def inputs(rows: int) -> list[Input]:
+    def inputs(rows: int, T: int = T) -> list[Input]:
         shared = Input((rows, T, G, dk), dtype, normal(dk**-0.25))
         return [shared, shared, Input((rows, T, H, dv), dtype, normal()), Input((rows, T, H), F32, uniform(-0.1, 0))]
 
     flops = B * T * (G * 2 * dk * 32.5 + H * (2 * dv * 32.5 + 4 * dk * dv + 2 * dk * dv / 64))
     return Case(
         "gated_recurrence", f"{kind} B{B} T{T} G{G} H{H} {dk}x{dv}", B, inputs,
-        lambda kernels: partial(gated_recurrence, kernels=kernels), flops,
+        lambda kernels: partial(gated_recurrence, kernels=kernels), flops, short=min(T, 1024),
     )  # fmt: skip
 
 
 def mlstm_case(B: int, T: int, H: int, dk: int, dv: int, dtype: Any) -> Case:
-    def inputs(rows: int) -> list[Input]:
+    def inputs(rows: int, T: int = T) -> list[Input]:
         # Queries and keys with a common part, and input gates that start closed, as trained cells have them: else
         # the normaliser passes near 0, and bfloat16's rounding alone is all of the error.
         shared = Input((rows, T, H, dk), dtype, normal(0.5, 0.5))
@@ -181,32 +181,36 @@ def mlstm_case(B: int, T: int, H: int, dk: int, dv: int, dtype: Any) -> Case:
     flops = B * T * H * (2 * (dk + dv) * 32.5 + 4 * dk * dv + 2 * dk * dv / 64 + 4 * dk)
     return Case(
         "mlstm", f"B{B} T{T} H{H} {dk}x{dv}", B, inputs,
-        lambda kernels: lambda *a: mlstm(*a, kernels=kernels)[0], flops,
+        lambda kernels: lambda *a: mlstm(*a, kernels=kernels)[0], flops, short=min(T, 1024),
     )  # fmt: skip
 
 
 def gla_case(B: int, T: int, H: int, d: int, dtype: Any) -> Case:
-    def inputs(rows: int) -> list[Input]:
+    def inputs(rows: int, T: int = T) -> list[Input]:
         parts = [Input((rows, T, H, d), dtype, normal(scale)) for scale in (d**-0.25, d**-0.25, 1.0)]
         return [*parts, Input((rows, T, H, d), F32, uniform(-0.1, 0))]
 
     flops = B * T * H * (4 * d * 16.5 + 4 * d * d)
-    return Case("gla", f"B{B} T{T} H{H} {d}x{d}", B, inputs, lambda kernels: partial(gla, kernels=kernels), flops)
+    return Case(
+        "gla", f"B{B} T{T} H{H} {d}x{d}", B, inputs,
+        lambda kernels: partial(gla, kernels=kernels), flops, short=min(T, 1024),
+    )  # fmt: skip
 
 
 def delta_case(B: int, T: int, H: int, d: int, dtype: Any) -> Case:
-    def inputs(rows: int) -> list[Input]:
+    def inputs(rows: int, T: int = T) -> list[Input]:
         parts = [Input((rows, T, H, d), dtype, draw) for draw in (unit, unit, normal())]
         return [*parts, Input((rows, T, H), F32, uniform(0, 1)), Input((rows, T, H), F32, uniform(-0.1, 0))]
 
     flops = B * T * H * (6 * d * 16.5 + 6 * d * d)
     return Case(
-        "delta_rule", f"B{B} T{T} H{H} {d}x{d}", B, inputs, lambda kernels: partial(delta_rule, kernels=kernels), flops
-    )
+        "delta_rule", f"B{B} T{T} H{H} {d}x{d}", B, inputs,
+        lambda kernels: partial(delta_rule, kernels=kernels), flops, short=min(T, 1024),
+    )  # fmt: skip
 
 
 def scan_case(B: int, T: int, E: int, N: int, dtype: Any) -> Case:
-    def inputs(rows: int) -> list[Input]:
+    def inputs(rows: int, T: int = T) -> list[Input]:
         return [
             Input((rows, T, E), dtype, normal()),
             Input((rows, T, E), F32, lambda key, shape: jnp.exp(uniform(math.log(1e-3), math.log(1e-1))(key, shape))),
@@ -217,17 +221,17 @@ def scan_case(B: int, T: int, E: int, N: int, dtype: Any) -> Case:
 
     return Case(
         "selective_scan", f"B{B} T{T} E{E} N{N}", B, inputs,
-        lambda kernels: partial(selective_scan, kernels=kernels), 7.0 * B * T * E * N,
+        lambda kernels: partial(selective_scan, kernels=kernels), 7.0 * B * T * E * N, short=min(T, 1024),
     )  # fmt: skip
 
 
 def slstm_case(B: int, T: int, H: int, d: int) -> Case:
-    def inputs(rows: int) -> list[Input]:
+    def inputs(rows: int, T: int = T) -> list[Input]:
         return [Input((rows, T, H, 4, d), F32, normal()), Input((4, H, d, d), F32, normal(0.5 * d**-0.5))]
 
     return Case(
         "slstm", f"B{B} T{T} H{H} d{d}", B, inputs, lambda kernels: lambda *a: slstm(*a, kernels=kernels)[0],
-        8.0 * B * T * H * d * d,
+        8.0 * B * T * H * d * d, short=min(T, 1024),
     )  # fmt: skip
 
 

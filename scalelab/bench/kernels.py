@@ -4,11 +4,12 @@
     scalelab bench kernels [--ops grouped_matmul,mlstm] [--torch]
 
 First every implementation that runs here is compared with the definition, in float32, on fresh random inputs of the
-same shape but for one row of the batch: ||x - want|| / ||want||, the outputs and the worst of all gradients. Then the
-forward pass, and the forward pass with all gradients under a random cotangent, are timed: medians of rounds queued and
-waited for once. Times are given over those of the plain form in the same run, and as the share of them that the floor
-is: the larger of FLOPs over the rate of a large matrix product and bytes over that of a large copy, both measured
-first. `--torch` adds PyTorch's own operations, in a process before. On a CPU the shapes are small.
+same shape but for one row of the batch, of at most 1,024 tokens where the definition keeps a state for each: ||x -
+want|| / ||want||, the outputs and the worst of all gradients. Then the forward pass, and the forward pass with all
+gradients under a random cotangent, are timed: medians of rounds queued and waited for once. Times are given over those
+of the plain form in the same run, and as the share of them that the floor is: the larger of FLOPs over the rate of a
+large matrix product and bytes over that of a large copy, both measured first. `--torch` adds PyTorch's own operations,
+in a process before. On a CPU the shapes are small.
 """
 
 from __future__ import annotations
