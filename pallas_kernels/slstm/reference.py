@@ -14,16 +14,19 @@ def slstm(gates, recurrent, state=None, reset=None):
     B, T, H, _, d = gates.shape
     zero = jnp.zeros((B, H, d))
     h, c, n, m = (zero, zero, zero, zero + EMPTY) if state is None else state
-    c, n = c * jnp.exp(m), n * jnp.exp(m)
-    out = []
-    for t in range(T):
-        if reset is not None:
-            new = reset[:, t, None, None]
-            h, c, n, m = (jnp.where(new, empty, a) for empty, a in ((0.0, h), (0.0, c), (0.0, n), (EMPTY, m)))
-        i, f, z, o = (gates[:, t, :, g] + jnp.einsum("bhd,hde->bhe", h, recurrent[g]) for g in range(4))
+    reset = jnp.zeros((B, T), bool) if reset is None else reset
+
+    def token(before, x):
+        gates, new = x
+        empty = (0.0, 0.0, 0.0, EMPTY)
+        h, c, n, m = (jnp.where(new[:, None, None], e, a) for e, a in zip(empty, before, strict=True))
+        i, f, z, o = (gates[:, :, g] + jnp.einsum("bhd,hde->bhe", h, recurrent[g]) for g in range(4))
         m = jax.lax.stop_gradient(jnp.maximum(jax.nn.log_sigmoid(f) + m, i))
         c = jax.nn.sigmoid(f) * c + jnp.exp(i) * jnp.tanh(z)
         n = jax.nn.sigmoid(f) * n + jnp.exp(i)
         h = jax.nn.sigmoid(o) * c / n
-        out.append(h)
-    return jnp.stack(out, axis=1), (h, c * jnp.exp(-m), n * jnp.exp(-m), m)
+        return (h, c, n, m), h
+
+    xs = jnp.moveaxis(gates, 1, 0), jnp.moveaxis(reset, 1, 0)
+    (h, c, n, m), out = jax.lax.scan(token, (h, c * jnp.exp(m), n * jnp.exp(m), m), xs)
+    return jnp.moveaxis(out, 0, 1), (h, c * jnp.exp(-m), n * jnp.exp(-m), m)
