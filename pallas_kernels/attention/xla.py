@@ -46,8 +46,7 @@ def attend(
     # One batch axis in front; the query heads that share keys are more rows of the same product.
     q = q.reshape(B, T, Hk, H // Hk, d).transpose(0, 2, 3, 1, 4).reshape(B * Hk, -1, d)
     k, v = (a.transpose(0, 2, 1, 3).reshape(B * Hk, K, d) for a in (k, v))
-    hidden = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min / 2)
-    y: Any = _softmax_attention(q, k, v, hidden, cap, d**-0.5 if scale is None else scale)
+    y: Any = _softmax_attention(q, k, v, mask, cap, d**-0.5 if scale is None else scale)
     return y.reshape(B, H, T, d).transpose(0, 2, 1, 3)
 
 
@@ -56,24 +55,25 @@ def _softmax_attention(
     q: Float[Array, "b r d"],
     k: Float[Array, "b K d"],
     v: Float[Array, "b K d"],
-    hidden: Float[Array, "#B T K"],
+    mask: Bool[Array, "#B T K"],
     cap: float,
     scale: float,
 ) -> Float[Array, "b r d"]:
-    """b = B Hk; the rows r of each are (H / Hk) T queries. `hidden` is added to the scores.
+    """b = B Hk; the rows r of each are (H / Hk) T queries. Scores outside the mask are replaced, not added to: of the
+    sum with a constant mask, XLA for CPUs makes NaN in JAX 0.12.
 
     A backward pass of its own, since that of autodiff multiplies float32 by bfloat16, and contracts over the rows of
     a T x T matrix in an order that XLA's CPU backend runs three times slower.
     """
-    return _attention_forward(q, k, v, hidden, cap, scale)[0]
+    return _attention_forward(q, k, v, mask, cap, scale)[0]
 
 
-def _attention_forward(q: Array, k: Array, v: Array, hidden: Array, cap: float, scale: float) -> tuple[Array, Any]:
+def _attention_forward(q: Array, k: Array, v: Array, mask: Array, cap: float, scale: float) -> tuple[Array, Any]:
     scores = jnp.einsum("brd,bkd->brk", q, k, preferred_element_type=jnp.float32) * scale
     scores = cap * jnp.tanh(scores / cap) if cap else scores
     slope = (1 - jnp.square(scores / cap)).astype(q.dtype) if cap else None
-    by_row = (hidden.shape[0], -1, *hidden.shape[1:])
-    scores = (scores.reshape(by_row) + hidden[:, None]).reshape(scores.shape)
+    by_row = (mask.shape[0], -1, *mask.shape[1:])
+    scores = jnp.where(mask[:, None], scores.reshape(by_row), jnp.finfo(jnp.float32).min / 2).reshape(scores.shape)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(v.dtype)

@@ -28,7 +28,13 @@ def both(f, arrays, seed=2):
     return [np.asarray(a, np.float32) for a in (out, *pull(cotangent))]
 
 
-CASES = [(1, 1, 0, 0.0, False), (7, 9, 0, 0.0, True), (12, 12, 3, 0.0, True), (9, 12, 4, 5.0, False)]
+CASES = [
+    (1, 1, 0, 0.0, False),
+    (64, 64, 0, 0.0, False),
+    (7, 9, 0, 0.0, True),
+    (12, 12, 3, 0.0, True),
+    (9, 12, 4, 5.0, False),
+]
 
 
 @pytest.mark.parametrize(("T", "K", "window", "cap", "packed"), CASES)
