@@ -25,7 +25,7 @@ def main(sweep: str, out: str) -> None:
     *isoflops, last = figure.subplots(1, len(families) + 1)
     for ax, (name, rows) in zip(isoflops, families.items(), strict=True):
         plots.isoflop(rows, laws.isoflop(rows), ax)
-        ax.set_title(name, pad=22)
+        ax.set_title(name, pad=36)
         ax.set_ylabel(ax.get_ylabel() if ax is isoflops[0] else "")
     low, high = table["loss"].min(), table["loss"].max()
     for ax in isoflops:
