@@ -49,7 +49,9 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     configurable(p, required=False)
     p.add_argument("--spec", metavar="FILE", help="a run's spec.json instead of a config")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
-    p.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # a sweep's process, not to be outlived
+    p.add_argument(
+        "--parent", type=int, help=argparse.SUPPRESS
+    )  # a sweep, whose worker this is: its runs come by stdin
     p = command("sweep", "Train all runs of a config that are not finished yet")
     configurable(p)
     p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
@@ -241,18 +243,18 @@ def _train(args: argparse.Namespace) -> int:
     from scalelab import config, host, sweep, tables, track, train
 
     if args.parent is not None:
+        from scalelab.launch import worker
+
         host.end_with(args.parent)
+        worker.serve(sys.stdin)
+        return DONE
     if (args.spec is None) == (args.config is None):
         raise BadInput("command line", args.argv[1:], "needs either --config or --spec")
     if args.spec is not None:
         if args.runs is not None:
             raise BadInput("--runs", args.runs, "goes with --config; a --spec is trained in its own folder")
         path = pathlib.Path(args.spec)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput("--spec", args.spec, f"cannot be read ({error})") from None
-        spec = config.RunSpec.from_json(text, str(path))
+        spec = config.RunSpec.load(path)
         root = path.parent.parent
     else:
         spec = sweep.plan(config.load(args.config, args.overrides)).spec

@@ -265,6 +265,15 @@ class RunSpec:
         return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
+    def load(cls, path: pathlib.Path) -> RunSpec:
+        """Raises `BadInput` where the file cannot be read or is no run's spec."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput("spec", str(path), f"cannot be read ({error})") from None
+        return cls.from_json(text, str(path))
+
+    @classmethod
     def from_json(cls, text: str, where: str = "spec.json") -> RunSpec:
         try:
             document = json.loads(text)

@@ -235,7 +235,7 @@ def status(path: pathlib.Path) -> None:
         params, compute, steps = "-", None, "-"
         if (folder / "spec.json").is_file():
             try:
-                spec = RunSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"), str(folder / "spec.json"))
+                spec = RunSpec.load(folder / "spec.json")
                 run = plan_run(spec.config, corpora)
                 params, compute, steps = count(run.params), run.flops, str(run.steps)
                 left += run.flops * (1 - (line["step"] / run.steps if line else 0))

@@ -1,7 +1,8 @@
-"""Local workers: one process per run, `jobs` at a time, progress read from the runs' own files."""
+"""Local workers: `jobs` processes, each given run after run (`worker`), progress read from the runs' own files."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -34,10 +35,10 @@ class Outcome:
 
 
 @dataclasses.dataclass
-class _Worker:
+class _Running:
     run: str
-    process: subprocess.Popen[bytes]
     slot: int
+    process: subprocess.Popen[bytes]
     task: TaskID
 
 
@@ -49,15 +50,20 @@ def _cores(slot: int, jobs: int) -> set[int]:
     return set(cores[start : start + share])
 
 
-def _start(folder: pathlib.Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "scalelab", "train", "--spec", str(folder / "spec.json"), "--quiet",
-               "--parent", str(os.getpid())]  # fmt: skip
-    with open(folder / "log.txt", "ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+def _start(slot: int, jobs: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "scalelab", "train", "--parent", str(os.getpid())]
+    # What it prints goes to its run's log, by its own doing; before the first there is nothing to print but a failure.
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
     if jobs > 1 and hasattr(os, "sched_setaffinity"):
         # Set from outside and at once: XLA sizes its thread pool long after, when its backend starts.
         os.sched_setaffinity(process.pid, _cores(slot, jobs))
     return process
+
+
+def _give(process: subprocess.Popen[bytes], folder: pathlib.Path) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it has ended: seen when it is next looked at
+        process.stdin.write(json.dumps(str(folder)).encode() + b"\n")
 
 
 def run_all(root: pathlib.Path, ids: Sequence[str], jobs: int = 1, console: Console | None = None) -> Outcome:
@@ -78,7 +84,8 @@ def run_all(root: pathlib.Path, ids: Sequence[str], jobs: int = 1, console: Cons
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True),
     )  # fmt: skip
-    workers: list[_Worker] = []
+    crew: dict[int, subprocess.Popen[bytes]] = {}  # by slot
+    running: list[_Running] = []
     free = list(range(jobs))
     with (
         Progress(*columns, console=console or Console(stderr=True), refresh_per_second=4) as progress,
@@ -87,42 +94,64 @@ def run_all(root: pathlib.Path, ids: Sequence[str], jobs: int = 1, console: Cons
         overall = progress.add_task("[bold]sweep", total=len(ids), completed=len(outcome.skipped), note="runs")
         asked = False
         try:
-            while workers or (waiting and not stop.is_set()):
+            while running or (waiting and not stop.is_set()):
                 while waiting and free and not stop.is_set():
-                    run = waiting.pop(0)
-                    slot = free.pop(0)
-                    steps = json.loads((root / run / "spec.json").read_text(encoding="utf-8"))["config"]["train"][
-                        "steps"
-                    ]
-                    task = progress.add_task(run, total=steps, note="starting")
-                    workers.append(_Worker(run, _start(root / run, slot, jobs), slot, task))
+                    run, slot = waiting.pop(0), free.pop(0)
+                    if slot in crew and crew[slot].poll() is not None:
+                        _dismiss(crew.pop(slot))
+                    if slot not in crew:
+                        crew[slot] = _start(slot, jobs)
+                    _give(crew[slot], root / run)
+                    task = progress.add_task(run, total=_steps(root / run), note="starting")
+                    running.append(_Running(run, slot, crew[slot], task))
                 if stop.is_set() and not asked:
                     asked = True  # once: a second signal could end a worker while it saves itself
-                    for worker in workers:
-                        worker.process.send_signal(signal.SIGTERM)
+                    for process in crew.values():
+                        process.send_signal(signal.SIGTERM)
                 time.sleep(POLL)
-                for worker in list(workers):
-                    line = records.last_metrics(root / worker.run)
+                for item in list(running):
+                    line = records.last_metrics(root / item.run)
                     if line is not None and line["loss"] is not None:
-                        progress.update(worker.task, completed=line["step"], note=f"loss {line['loss']:.3f}")
-                    status = worker.process.poll()
-                    if status is not None:
-                        workers.remove(worker)
-                        free.append(worker.slot)
-                        _settle(outcome, root, worker.run, status)
-                        progress.remove_task(worker.task)
-                        progress.update(overall, advance=0 if worker.run in outcome.stopped else 1)
+                        progress.update(item.task, completed=line["step"], note=f"loss {line['loss']:.3f}")
+                    status = item.process.poll()
+                    if status is None and not (root / item.run / "record.json").exists():
+                        continue
+                    running.remove(item)
+                    free.append(item.slot)
+                    progress.remove_task(item.task)
+                    if not _settle(outcome, root, item.run, status):
+                        waiting.insert(0, item.run)
+                    elif item.run not in outcome.stopped:
+                        progress.update(overall, advance=1)
+            for process in crew.values():
+                _dismiss(process)
         finally:  # an exception of our own must not leave orphans
-            for worker in workers:
-                worker.process.kill()
+            for process in crew.values():
+                process.kill()
+                _dismiss(process)
         outcome.stopped += waiting
     return outcome
 
 
-def _settle(outcome: Outcome, root: pathlib.Path, run: str, status: int) -> None:
+def _steps(folder: pathlib.Path) -> int:
+    return json.loads((folder / "spec.json").read_text(encoding="utf-8"))["config"]["train"]["steps"]
+
+
+def _dismiss(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
+    """Its last run has a record; it may still be closing files."""
+    assert process.stdin is not None
+    process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
+
+
+def _settle(outcome: Outcome, root: pathlib.Path, run: str, status: int | None) -> bool:
+    """Whether it is known what became of a run whose record is there or whose worker ended with `status`."""
     record = records.read(root / run)
     if record is not None:
         (outcome.done if record.status == "done" else outcome.diverged).append(run)
+    elif not status:  # the worker had ended, its last run done, before it took this one
+        return False
     elif status in (STOPPED, -signal.SIGTERM):  # the latter where it had not begun to train yet
         outcome.stopped.append(run)
     else:
@@ -131,6 +160,7 @@ def _settle(outcome: Outcome, root: pathlib.Path, run: str, status: int) -> None
             if status < 0
             else f"exit status {status}: {_last_line(root / run / 'log.txt')}"
         )
+    return True
 
 
 def failure(folder: pathlib.Path) -> str | None:
@@ -142,5 +172,5 @@ def failure(folder: pathlib.Path) -> str | None:
 
 
 def _last_line(path: pathlib.Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1] if lines else "no output"
