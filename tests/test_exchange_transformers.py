@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from scalelab import exchange, models
+from tests.exchanged import GLOBAL, GPT2, LOCAL, MAMBA2, MODELS, drawn, equal
 from tests.models.family import section
-from tests.test_exchange import GLOBAL, GPT2, LOCAL, MAMBA2, MODELS, drawn, equal
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of their imports
