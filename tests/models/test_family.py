@@ -1,11 +1,10 @@
 """What every family owes: one model in full passes, in steps and in any split; no leaks; exact counts."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from built import close, forms, tokens
 from family import FAMILY, PIECEWISE, V
 
 from scalelab import flops, models
@@ -17,43 +16,7 @@ NAMES = {name: pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED el
 each = pytest.mark.parametrize("name", NAMES.values())
 
 
-@functools.cache
-def built(name):
-    """(graphdef, params off their start, so that every term counts; buffers as they are)."""
-    config = FAMILY[name]
-    graphdef, _ = models.abstract(config)
-    params = jax.jit(lambda key: models.init(config, key))(jax.random.key(7))
-    rng = np.random.default_rng(0)
-
-    def stir(a, role):
-        return a if role == "buffer" else a + np.float32(0.1 * rng.normal(size=a.shape))
-
-    return graphdef, jax.tree.map(stir, params, models.roles(config))
-
-
-def tokens(B, T, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).integers(0, V, (B, T)), jnp.int32)
-
-
-@functools.cache
-def full(name):
-    graphdef, _ = built(name)
-    return jax.jit(lambda p, t, s=None, positions=None: models.merge(graphdef, p)(t, s, positions))
-
-
-@functools.cache
-def extend(name):
-    graphdef, _ = built(name)
-    return jax.jit(lambda p, t, state, s=None: models.merge(graphdef, p).extend(t, state, s))
-
-
-def start(name, batch, max_len):
-    graphdef, _ = built(name)
-    return jax.jit(lambda p: models.merge(graphdef, p).init_state(batch, max_len))(built(name)[1])
-
-
-def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+built, full, extend, start = forms(FAMILY)
 
 
 def loss_of(graphdef, text, segments=None):

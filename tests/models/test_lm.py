@@ -1,37 +1,19 @@
-import functools
 from functools import partial
 
+import family
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from built import close as within
+from built import forms, tokens
+from family import V
 from flax import nnx
 
 from scalelab import models
-from scalelab.config import base, override
 from scalelab.errors import BadInput
 
-V = 23
-
-
-def section(**changes):
-    """A small model section in float32; dots in field names written as __."""
-    small = {
-        "vocab_size": V,
-        "width": 16,
-        "layers": 3,
-        "compute_dtype": "float32",
-        "init": "fan_in",
-        "attention__heads": 4,
-        "attention__kv_heads": 2,
-        "attention__head_dim": 4,
-        "mlp__hidden": 24,
-        "loss_chunk": 5,
-    }
-    small |= changes
-    return override(base(), {f"model.{name.replace('__', '.')}": value for name, value in small.items()}).model
-
-
+section = partial(family.section, layers=3, loss_chunk=5)
 LOCAL = ("attention", "mlp", {"window": 4})
 MODELS = {
     "windows": section(
@@ -61,39 +43,8 @@ MODELS = {
 each = pytest.mark.parametrize("name", MODELS)
 
 
-@functools.cache
-def built(name):
-    """(graphdef, params with no zero biases, so that every term counts)."""
-    config = MODELS[name]
-    graphdef, _ = models.abstract(config)
-    params = jax.jit(lambda key: models.init(config, key))(jax.random.key(7))
-    rng = np.random.default_rng(0)
-    return graphdef, jax.tree.map(lambda a: a + np.float32(0.1 * rng.normal(size=a.shape)), params)
-
-
-def tokens(B, T, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).integers(0, V, (B, T)), jnp.int32)
-
-
-@functools.cache
-def full(name):
-    graphdef, _ = built(name)
-    return jax.jit(lambda p, t, s=None, positions=None: models.merge(graphdef, p)(t, s, positions))
-
-
-@functools.cache
-def extend(name):
-    graphdef, _ = built(name)
-    return jax.jit(lambda p, t, state, s=None: models.merge(graphdef, p).extend(t, state, s))
-
-
-def start(name, batch, max_len):
-    graphdef, _ = built(name)
-    return jax.jit(lambda p: models.merge(graphdef, p).init_state(batch, max_len))(built(name)[1])
-
-
-def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+built, full, extend, start = forms(MODELS)
+close = partial(within, tolerance=1e-5)
 
 
 # ------------------------------------------------------------------------------------ forms that must agree
