@@ -288,6 +288,11 @@ def validate(config: Config) -> None:
         raise BadInput(
             "config.train.accum_steps", train.accum_steps, f"must divide data.batch_size = {data.batch_size}"
         )
+    micro, together = data.batch_size // train.accum_steps, config.model.moe.lbl_sequences
+    at_least("model.moe.lbl_sequences", together, 1)
+    if config.model.moe.lbl_scope == "micro_batch" and micro % together:
+        remedy = f"must divide the {micro} sequences of a pass (data.batch_size / train.accum_steps)"
+        raise BadInput("config.model.moe.lbl_sequences", together, remedy)
     for field in ("every_s", "every"):
         at_least(f"checkpoint.{field}", config.checkpoint[field], 0)
     at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)

@@ -105,6 +105,14 @@ def test_wsd_needs_room_for_both_ramps():
         validate(override(base(), {"optim.schedule": "wsd", "optim.warmup": 0.6, "optim.cooldown": 0.5}))
 
 
+def test_sequences_balanced_together_divide_a_pass():
+    """16 sequences in two parts: 8 in a pass."""
+    moe = {"model.blocks": (("attention", "moe"),), "model.moe.lbl_scope": "micro_batch", "train.accum_steps": 2}
+    validate(override(base(), {**moe, "model.moe.lbl_sequences": 4}))
+    with pytest.raises(BadInput, match=r"config\.model\.moe\.lbl_sequences = 16: must divide the 8 sequences"):
+        validate(override(base(), {**moe, "model.moe.lbl_sequences": 16}))
+
+
 def test_users_file_with_a_field_of_its_own_or_one_missing(tmp_path):
     path = tmp_path / "mine.py"
     body = "from scalelab.config import base\ndef get_config(arg=''):\n    c = base().unlock()\n    {}\n    return c\n"

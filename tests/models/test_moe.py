@@ -193,9 +193,11 @@ def test_scopes_of_the_balance_loss():
     mixed = x[jnp.array([0, 2, 1, 3])]  # each micro-batch of two has one of each kind
     apply, params = layer(lbl=1.0, z_loss=0.0, lbl_scope="micro_batch", lbl_sequences=2)
     assert float(apply(params | {"router": router}, mixed)[1]["loss"]) == pytest.approx(1.0, abs=1e-5)
-    apply, params = layer(lbl_scope="micro_batch", lbl_sequences=3)
+    apply, params = layer(lbl_scope="micro_batch", lbl_sequences=3, training=True)
     with pytest.raises(BadInput, match=r"lbl_sequences = 3: must divide the 4 sequences"):
         apply(params, x)
+    apply, params = layer(lbl_scope="micro_batch", lbl_sequences=3)  # as when one prompt is scored
+    assert np.isfinite(apply(params, x)[0]).all()
 
 
 def test_the_losses_by_hand():
