@@ -1,5 +1,6 @@
 """Figures of studies: what they show are the studies' numbers, in the axes that they are given."""
 
+import copy
 import itertools
 import pathlib
 import sys
@@ -277,6 +278,18 @@ def test_multiplier_shows_the_crossing(world):
     thick = next(line for line in ax.lines if line.get_linewidth() == 3.5)
     ends = np.clip([row.lower, row.upper], table["flops"].min(), table["flops"].max())
     np.testing.assert_allclose(thick.get_xdata(), ends)
+
+
+def test_an_interval_without_an_end_leaves_the_picture(world):
+    found = copy.copy(world.comparison)
+    endless = found.contrasts["at"] == "compute"
+    found.contrasts = found.contrasts.assign(multiplier_upper=found.contrasts["multiplier_upper"].mask(endless, np.inf))
+    ax = found.plot.multiplier()
+    band = ax.collections[0].get_paths()[0].vertices
+    table = found.table(arm="new")
+    assert band[:, 1].max() == pytest.approx(ax.get_ylim()[1])
+    assert band[:, 1].min() == pytest.approx(table["multiplier_lower"].min())
+    assert ax.get_ylim()[1] > table["multiplier"].max()
 
 
 def test_what_cannot_be_drawn_says_why():

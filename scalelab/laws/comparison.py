@@ -165,8 +165,8 @@ class ComparisonPlot:
         self._of = comparison
 
     def multiplier(self, ax: Any = None) -> Any:
-        """The compute multiplier of each arm against C, with bands; filled points where there is a verdict. Dotted:
-        the crossing; the thick line is its interval."""
+        """The compute multiplier of each arm against C, with bands, which leave the picture where an interval has no
+        end; filled points where there is a verdict. Dotted: the crossing; the thick line is its interval."""
         from scalelab import plots
 
         ax = self._bands(ax, "multiplier", "multiplier_lower", "multiplier_upper", 1.0)
@@ -185,12 +185,17 @@ class ComparisonPlot:
 
         ax = plots.new_axes(ax)
         low, high = self._of.record["inside"] or (np.nan, np.nan)
+        shown = self._of.table().reindex(columns=[value, lower, upper]).to_numpy(float)
+        shown = shown[np.isfinite(shown) & (shown > 0)] if level else shown
+        edges = (shown.min() / 2, shown.max() * 2) if level and shown.size else (np.nan, np.nan)
         for i, arm in enumerate(self._of.arms):
             table: Any = self._of.table(arm=arm).reindex(columns=["flops", "verdict", value, lower, upper])
             colour = plots.COLOURS[i % len(plots.COLOURS)]
             finite = table[[value, lower, upper]].replace([np.inf, -np.inf, 0.0] if level else [], np.nan)
             ax.plot(table["flops"], finite[value], color=colour, linewidth=1.6, label=arm)
-            ax.fill_between(table["flops"], finite[lower], finite[upper], color=colour, alpha=0.18, linewidth=0)
+            if level:  # ends of multipliers at infinity or nothing: beyond the edge of the picture
+                table = table.replace({lower: {0.0: edges[0]}, upper: {np.inf: edges[1]}})
+            ax.fill_between(table["flops"], table[lower], table[upper], color=colour, alpha=0.18, linewidth=0)
             sure = (table["verdict"] != NO_VERDICT).to_numpy()
             ax.plot(table["flops"][sure], finite[value][sure], "o", color=colour, markersize=5)
             ax.plot(
@@ -210,6 +215,8 @@ class ComparisonPlot:
         if high < right:
             ax.axvspan(high, right, color="#999999", alpha=0.12, linewidth=0)
         ax.set_xlim(left, right)
+        if np.isfinite(edges[0]):
+            ax.set_ylim(*edges)
         title = f"bands: {100 * self._of.record['level']:g} % intervals\nhollow: no verdict; grey: outside the data"
         ax.set_title(title, fontsize="small", color=plots.GREY)
         plots.power_log(ax, "x")
