@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 F32 = jnp.float32
@@ -26,8 +27,31 @@ def delta_rule(
     q: Array, k: Array, v: Array, beta: Array, log_decay: Array | None, state: Array | None, reset: Array | None,
     chunk: int,
 ) -> tuple[Array, Array]:  # fmt: skip
-    (B, T, H, dv), (G, dk) = v.shape, k.shape[2:]
-    Q = min(chunk, T)
+    (B, T, H, dv), dk = v.shape, k.shape[-1]
+    read, write, W, U, weights, carried = in_chunks(q, k, v, beta, log_decay, reset, min(chunk, T))
+    start = jnp.zeros((B, H, dk, dv), F32) if state is None else state.astype(F32)
+
+    def pass_on(S: Array, x: Any) -> tuple[Array, Any]:
+        U, W, write, keep = x
+        new = U - jnp.einsum("bhtk,bhkv->bhtv", W, S.astype(v.dtype), preferred_element_type=F32)
+        new = new.astype(v.dtype)
+        after = keep * S + jnp.einsum("bhtk,bhtv->bhkv", write, new, preferred_element_type=F32)
+        return after, (S.astype(v.dtype), new)
+
+    xs = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (U, W, write, carried[..., None]))
+    final, (before, new) = jax.lax.scan(pass_on, start, xs)
+    before, new = jnp.moveaxis(before, 0, 1), jnp.moveaxis(new, 0, 1)
+    out = jnp.einsum("bchts,bchsv->bchtv", weights, new, preferred_element_type=F32)
+    out += jnp.einsum("bchtk,bchkv->bchtv", read, before, preferred_element_type=F32)
+    return jnp.moveaxis(out, 2, 3).reshape(B, -1, H, dv)[:, :T].astype(v.dtype), final
+
+
+def in_chunks(
+    q: Array, k: Array, v: Array, beta: Array, log_decay: Array | None, reset: Array | None, Q: int
+) -> tuple[Array, ...]:
+    """What needs no state, of all chunks of Q tokens: the decayed queries and keys that read and write it, W, U
+    (float32), the scores (B, C, H, t, s), and what the state keeps of itself (B, C, H, 1), float32."""
+    (B, T, H, dv), G = v.shape, k.shape[2]
     C = -(-T // Q)
 
     def chunked(a: Array) -> Array:
@@ -58,35 +82,19 @@ def delta_rule(
         b = jnp.cumsum(by_head(log_decay.astype(F32)), axis=3)  # (B, C, H, Q), inclusive
         decay = jnp.exp(jnp.where(seen, b[..., :, None] - b[..., None, :], -jnp.inf))
         entering, left = jnp.exp(b)[..., None], jnp.exp(b[..., -1:] - b)[..., None]
-    carried = entering[..., -1:, :]  # of the state that enters the chunk
+    carried = entering[..., -1, :]  # of the state that enters the chunk
     if first is not None and final_document is not None:
         entering, left = jnp.where(first, entering, 0.0), jnp.where(final_document, left, 0.0)
-        carried = jnp.where(first[..., -1:, :], carried, 0.0)
+        carried = jnp.where(first[..., -1, :], carried, 0.0)
 
     keys = per_head(k)
     A = beta * decay * per_head(jnp.einsum("bcgtk,bcgsk->bcgts", k, k, preferred_element_type=F32))
     right = jnp.concatenate([beta * v.astype(F32), beta * entering * keys.astype(F32)], axis=-1)
     solved: Any = solve(jnp.tril(A, -1), right)
-    U, W = solved[..., :dv], solved[..., dv:].astype(v.dtype)
-    writing = (keys * left).astype(v.dtype)
-    start = jnp.zeros((B, H, dk, dv), F32) if state is None else state.astype(F32)
-
-    def pass_on(S: Array, x: Any) -> tuple[Array, Any]:
-        U, W, writing, keep = x
-        new = U - jnp.einsum("bhtk,bhkv->bhtv", W, S.astype(v.dtype), preferred_element_type=F32)
-        new = new.astype(v.dtype)
-        after = keep * S + jnp.einsum("bhtk,bhtv->bhkv", writing, new, preferred_element_type=F32)
-        return after, (S.astype(v.dtype), new)
-
-    carried = jnp.broadcast_to(carried, (B, C, H, 1, 1))
-    xs = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (U, W, writing, carried))
-    final, (before, new) = jax.lax.scan(pass_on, start, xs)
-    before, new = jnp.moveaxis(before, 0, 1), jnp.moveaxis(new, 0, 1)
     scores = decay * per_head(jnp.einsum("bcgtk,bcgsk->bcgts", q, k, preferred_element_type=F32))
-    out = jnp.einsum("bchts,bchsv->bchtv", scores.astype(v.dtype), new, preferred_element_type=F32)
-    reading = (per_head(q) * entering).astype(v.dtype)
-    out += jnp.einsum("bchtk,bchkv->bchtv", reading, before, preferred_element_type=F32)
-    return jnp.moveaxis(out, 2, 3).reshape(B, C * Q, H, dv)[:, :T].astype(v.dtype), final
+    read, write = (per_head(q) * entering).astype(v.dtype), (keys * left).astype(v.dtype)
+    W, weights = solved[..., dv:].astype(v.dtype), scores.astype(v.dtype)
+    return read, write, W, solved[..., :dv], weights, jnp.broadcast_to(carried, (B, C, H, 1))
 
 
 @jax.custom_vjp
@@ -105,6 +113,7 @@ def _solve_forward(A: Array, right: Array) -> tuple[Array, Any]:
 
     Q = A.shape[-1]
     inverse = jax.lax.fori_loop(1, Q, row, jnp.broadcast_to(jnp.eye(Q, dtype=F32), A.shape))
+    inverse = checkpoint_name(inverse, "inverse")
     solved = product("...ts,...sr->...tr", inverse, right)
     return solved, (inverse, solved)
 

@@ -23,7 +23,25 @@ def gla(
     q: Array, k: Array, v: Array, log_decay: Array, state: Array | None, reset: Array | None, chunk: int
 ) -> tuple[Array, Array]:
     (B, T, H, dv), dk = v.shape, k.shape[-1]
-    Q = min(chunk, 1 << (T - 1).bit_length())
+    read, write, v, weights, carried = in_chunks(q, k, v, log_decay, reset, min(chunk, 1 << (T - 1).bit_length()))
+    out = jnp.einsum("bchts,bchsv->bchtv", weights, v, preferred_element_type=F32)
+    added = jnp.einsum("bchsk,bchsv->bchkv", write, v, preferred_element_type=F32)
+    start = jnp.zeros((B, H, dk, dv), F32) if state is None else state.astype(F32)
+
+    def pass_on(S: Array, x: Any) -> tuple[Array, Array]:
+        keep, new = x
+        return keep[..., None] * S + new, S
+
+    final, before = jax.lax.scan(pass_on, start, (jnp.moveaxis(carried, 1, 0), jnp.moveaxis(added, 1, 0)))
+    before = jnp.moveaxis(before, 0, 1).astype(v.dtype)
+    out += jnp.einsum("bchtk,bchkv->bchtv", read, before, preferred_element_type=F32)
+    return jnp.moveaxis(out, 2, 3).reshape(B, -1, H, dv)[:, :T].astype(v.dtype), final
+
+
+def in_chunks(q: Array, k: Array, v: Array, log_decay: Array, reset: Array | None, Q: int) -> tuple[Array, ...]:
+    """What needs no state, of all chunks of Q tokens: the decayed queries and keys that read and write it, the values,
+    the scores (B, C, H, t, s), and what the state keeps of itself (B, C, H, dk), float32."""
+    B, T = v.shape[:2]
     C = -(-T // Q)
 
     def chunked(a: Array) -> Array:
@@ -45,18 +63,7 @@ def gla(
         entering = jnp.where((document == 0)[..., None], entering, 0.0)
         left = jnp.where((document == document[..., -1:])[..., None], left, 0.0)
         carried = jnp.where((document == 0)[..., -1:], carried, 0.0)
-    out = jnp.einsum("bchts,bchsv->bchtv", weights.astype(v.dtype), v, preferred_element_type=F32)
-    added = jnp.einsum("bchsk,bchsv->bchkv", (k * left).astype(v.dtype), v, preferred_element_type=F32)
-    start = jnp.zeros((B, H, dk, dv), F32) if state is None else state.astype(F32)
-
-    def pass_on(S: Array, x: Any) -> tuple[Array, Array]:
-        keep, new = x
-        return keep[..., None] * S + new, S
-
-    final, before = jax.lax.scan(pass_on, start, (jnp.moveaxis(carried, 1, 0), jnp.moveaxis(added, 1, 0)))
-    before = jnp.moveaxis(before, 0, 1).astype(v.dtype)
-    out += jnp.einsum("bchtk,bchkv->bchtv", (q * entering).astype(v.dtype), before, preferred_element_type=F32)
-    return jnp.moveaxis(out, 2, 3).reshape(B, C * Q, H, dv)[:, :T].astype(v.dtype), final
+    return (q * entering).astype(v.dtype), (k * left).astype(v.dtype), v, weights.astype(v.dtype), carried
 
 
 def scores(q: Array, k: Array, b: Array) -> Array:
