@@ -33,7 +33,9 @@ def gated_recurrence(
     and, where groups are fewer than heads, the gradients of q and k head by head.
     Source: Dao & Gu 2024 (arXiv 2405.21060); Yang et al. 2023 (arXiv 2312.06635).
     """
-    chosen = dispatch.choose("gated_recurrence", kernels, {"mosaic_gpu": lambda: _gpu_refusal(q, v)})
+    chosen = dispatch.choose(
+        "gated_recurrence", kernels, {"mosaic_gpu": lambda: compat.gpu_refusal("gated_recurrence", q, v)}
+    )
     if chosen == "mosaic_gpu":
         from pallas_kernels.gated_recurrence import gpu
 
@@ -42,14 +44,6 @@ def gated_recurrence(
         out, final = reference.gated_recurrence(q, k, v, log_decay, state, reset)
         return out.astype(v.dtype), final
     return xla.gated_recurrence(q, k, v, log_decay, state, reset, chunk)
-
-
-def _gpu_refusal(q: Array, v: Array) -> str:
-    if not compat.MOSAIC_GPU:
-        return f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
-    from pallas_kernels.gated_recurrence import gpu  # not above: it brings Pallas
-
-    return gpu.refusal(q, v)
 
 
 def step(

@@ -47,7 +47,7 @@ def mlstm(
     a token, n at every chunk and (T / 64)^2 decays between chunks, a head.
     Source: Beck et al. 2024 (arXiv 2405.04517), Beck et al. 2025 (arXiv 2503.14376).
     """
-    chosen = dispatch.choose("mlstm", kernels, {"mosaic_gpu": lambda: _gpu_refusal(q, v)})
+    chosen = dispatch.choose("mlstm", kernels, {"mosaic_gpu": lambda: compat.gpu_refusal("mlstm", q, v)})
     if chosen == "mosaic_gpu":
         from pallas_kernels.mlstm import gpu
 
@@ -58,11 +58,3 @@ def mlstm(
         return h.astype(v.dtype), State(*after)
     h, C, n, m = xla.mlstm(q, k, v, i, f, state, reset, chunk, eps)
     return h, State(C, n, m)
-
-
-def _gpu_refusal(q: Array, v: Array) -> str:
-    if not compat.MOSAIC_GPU:
-        return f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
-    from pallas_kernels.mlstm import gpu  # not above: it brings Pallas
-
-    return gpu.refusal(q, v)
