@@ -3,8 +3,8 @@
 Every operation has the plain form `xla`, which runs anywhere, and `reference`, for tests; some have forms for one kind
 of device (`DEVICES`). `kernels` says which to take:
 
-    "auto"        the first form for this device that takes the arguments; else `xla`, and a warning with the reason,
-                  once, unless the device is a CPU, whose best form it is
+    "auto"        the first form for this device that takes the arguments, but those of `UNMEASURED`; else `xla`, and a
+                  warning with the reason, once, unless the device is a CPU, whose best form it is
     "xla"         the plain form
     "reference"   the definition
     another name  that form, whatever the device; an error where it does not take the arguments. Operations that have
@@ -22,6 +22,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 DEVICES = {"mosaic_gpu": "gpu", "cudnn": "gpu", "mosaic_tpu": "tpu", "splash": "tpu"}
 KERNELS = ("auto", "xla", "reference", *DEVICES)  # what `kernels` may be
+# (operation, form) that was interpreted and compiled, but never ran on a device
+UNMEASURED = {("delta_rule", "mosaic_gpu"), ("gla", "mosaic_gpu")}
+NOT_MEASURED = "has not been measured on a device yet: name it to use it"
 
 Refusal = Callable[[], str]  # why the form does not take these arguments; "" where it does
 
@@ -47,9 +50,9 @@ class Choice:
     passed_over: tuple[tuple[str, str], ...]  # (a form that would be faster, why it does not run)
 
 
-def explain(kernels: str, forms: Mapping[str, Refusal], on: Device | None = None) -> Choice:
-    """The choice among `forms`, fastest first, beside `xla` and `reference`. Raises `ValueError` for an unknown name,
-    `Unsupported` where a form named by the caller does not take the arguments."""
+def explain(kernels: str, forms: Mapping[str, Refusal], on: Device | None = None, op: str = "") -> Choice:
+    """The choice among `forms` of `op`, fastest first, beside `xla` and `reference`. Raises `ValueError` for an unknown
+    name, `Unsupported` where a form named by the caller does not take the arguments."""
     if kernels not in KERNELS:
         raise ValueError(f"kernels = {kernels!r}: must be one of {', '.join(KERNELS)}")
     if kernels in ("xla", "reference"):
@@ -65,6 +68,7 @@ def explain(kernels: str, forms: Mapping[str, Refusal], on: Device | None = None
             reason = f"needs a {DEVICES[name].upper()}, this is a {on.platform.upper()}"
         else:
             reason = (_hopper(on) if name == "mosaic_gpu" else "") or refusal()
+            reason = reason or (NOT_MEASURED if (op, name) in UNMEASURED else "")
         if not reason:
             return Choice(name, tuple(passed_over))
         passed_over.append((name, reason))
@@ -76,7 +80,7 @@ def choose(op: str, kernels: str, forms: Mapping[str, Refusal], plain_is_fast: b
     where the plain form is as fast as any."""
     on = device()
     try:
-        choice = explain(kernels, forms, on)
+        choice = explain(kernels, forms, on, op)
     except Unsupported as refused:
         raise Unsupported(f"{op}: kernels = {kernels!r} does not run: {refused}") from None
     if (heard := _HEARD.get()) is not None:

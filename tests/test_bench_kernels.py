@@ -2,6 +2,7 @@
 
 import pytest
 
+from pallas_kernels import compat, dispatch
 from scalelab import cli
 from scalelab.bench import cases, kernels, throughput
 
@@ -19,6 +20,17 @@ def test_the_plain_form_is_as_right_as_bfloat16_lets_it_be(case):
     error, gradient_error = kernels.errors(case, "xla")
     assert error < 6e-3
     assert gradient_error < 1.2e-2
+
+
+def test_what_no_device_has_run_yet_is_measured_where_it_can_be(monkeypatch):
+    if not compat.MOSAIC_GPU:
+        pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}")
+    monkeypatch.setattr(dispatch, "device", lambda: dispatch.Device("gpu", "NVIDIA H100", "9.0"))
+    monkeypatch.setattr(dispatch, "UNMEASURED", {("gla", "mosaic_gpu")})
+    for op in ("gla", "gated_recurrence"):
+        case = next(case for case in cases.all_cases("gpu") if case.op == op)
+        assert list(kernels.runnable(case)) == ["xla", "mosaic_gpu"]
+    assert kernels.choice(case, "auto").implementation == "mosaic_gpu"
 
 
 def test_a_row_of_measurements(capsys):

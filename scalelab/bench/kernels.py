@@ -84,10 +84,12 @@ def choice(case: cases.Case, kernels: str = "auto") -> dispatch.Choice:
 
 
 def runnable(case: cases.Case) -> Iterator[str]:
-    """The plain form, and what "auto" takes where that is another."""
+    """The plain form, what waits for its first measurement here, and what "auto" takes where that is another."""
+    found = choice(case)
     yield "xla"
-    if (found := choice(case).implementation) != "xla":
-        yield found
+    yield from (name for name, reason in found.passed_over if reason == dispatch.NOT_MEASURED)
+    if found.implementation != "xla":
+        yield found.implementation
 
 
 def list_choices(wanted: Sequence[cases.Case]) -> int:

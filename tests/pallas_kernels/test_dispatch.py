@@ -40,6 +40,20 @@ def test_named_implementations():
         explain("triton", forms(), CPU)
 
 
+def test_a_form_that_no_device_has_run_is_left_to_those_who_name_it(monkeypatch):
+    monkeypatch.setattr(compat, "MOSAIC_GPU", True)
+    monkeypatch.setattr(dispatch, "UNMEASURED", {("new", "mosaic_gpu")})
+    assert explain("auto", forms(), HOPPER, "new") == Choice("xla", (
+        ("mosaic_gpu", dispatch.NOT_MEASURED), ("mosaic_tpu", "needs a TPU, this is a GPU"),
+    ))  # fmt: skip
+    assert explain("auto", forms("takes widths of 64"), HOPPER, "new").passed_over[0][1] == "takes widths of 64"
+    assert explain("mosaic_gpu", forms(), HOPPER, "new").implementation == "mosaic_gpu"
+    assert explain("auto", forms(), HOPPER, "old").implementation == "mosaic_gpu"
+    monkeypatch.setattr(dispatch, "device", lambda: HOPPER)
+    with pytest.warns(dispatch.Fallback, match="new runs as plain XLA.*mosaic_gpu: has not been measured on a device"):
+        assert dispatch.choose("new", "auto", forms()) == "xla"
+
+
 def test_a_fallback_on_an_accelerator_warns_once_with_its_reason(monkeypatch):
     monkeypatch.setattr(dispatch, "device", lambda: AMPERE)
     with pytest.warns(dispatch.Fallback, match=r"op one runs as plain XLA.*mosaic_gpu: needs compute capability 9.0"):
