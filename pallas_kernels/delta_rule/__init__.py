@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import compat, dispatch
 from pallas_kernels.delta_rule import reference, xla
 
 
@@ -30,12 +30,18 @@ def delta_rule(
     Precision: beta, g, its sums and exponentials, the triangular system and the states are float32; products take
     their operands in v's dtype and accumulate in float32. Only exponentials of non-positive numbers are formed.
     FLOPs per token and head, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: 2 c (3 dk + 2 dv) + 6
-    dk dv + Q^2 / 3. The plain form runs everything in the full square, per token G 4 dk Q + H (2 Q (dk + 2 dv) + 6 dk
-    dv + 2 Q (Q - 1)), and pads T to whole chunks.
-    Memory between the passes: T Q (2 G + 4 H) numbers a row, 3 copies of k and v, and T / Q states.
+    dk dv + Q^2 / 3. Both forms run everything in the full square, per token G 4 dk Q + H (2 Q (dk + 2 dv) + 6 dk dv + 2
+    Q (Q - 1)), and pad T to whole chunks; on Hopper Q is 64, whatever `chunk` says.
+    Memory between the passes, plain: T Q (2 G + 4 H) numbers a row, 3 copies of k and v, and T / Q states; on Hopper
+    the inputs and, a head, T (3 dk + dv + Q) numbers and T / Q states in v's dtype, T Q + T / Q dk in float32.
     Source: Yang et al. 2024 (arXiv 2406.06484; gated: 2412.06464).
     """
-    if dispatch.choose("delta_rule", kernels, {}) == "reference":
+    chosen = dispatch.choose("delta_rule", kernels, {"mosaic_gpu": lambda: compat.gpu_refusal("delta_rule", q, v)})
+    if chosen == "mosaic_gpu":
+        from pallas_kernels.delta_rule import gpu
+
+        return gpu.delta_rule(q, k, v, beta, log_decay, state, reset)
+    if chosen == "reference":
         out, final = reference.delta_rule(q, k, v, beta, log_decay, state, reset)
         return out.astype(v.dtype), final
     return xla.delta_rule(q, k, v, beta, log_decay, state, reset, chunk)

@@ -260,19 +260,24 @@ def buffers(K: int, weigh: bool, against: bool) -> int:
 
 
 def multiply(*products: Any) -> Any:
-    """a b, or a b + c, of each, issued together to the tensor cores and waited for. b in shared memory, a there or in
-    registers."""
-    starts = []
-    for a, b, *c in products:
+    """a b, a b + c, or a b + c + a' b' given as (a, b, c, (a', b')), of each, issued together to the tensor cores and
+    waited for. The right factors are in shared memory, the left there or in registers."""
+    starts, factors = [], []
+    for a, b, *rest in products:
         zero = plgpu.layout_cast(jnp.zeros((a.shape[0], b.shape[1]), F32), WGMMA)
-        starts.append(c[0] if c else zero)
+        starts.append(rest[0] if rest and rest[0] is not None else zero)
+        factors.append([(a, b), *rest[1:]])
     if dispatch.interpret():  # which takes neither an operand from registers nor a sum that does not start at zero
-        values = [(a if isinstance(a, jax.Array) else a[...], b[...]) for a, b, *_ in products]
-        return [c + jnp.dot(a, b, preferred_element_type=F32) for c, (a, b) in zip(starts, values, strict=True)]
+        for i, pairs in enumerate(factors):
+            for a, b in pairs:
+                a = a if isinstance(a, jax.Array) else a[...]
+                starts[i] += jnp.dot(a, b[...], preferred_element_type=F32)
+        return starts
 
     def run(sums):
-        for acc, (a, b, *_) in zip(sums, products, strict=True):
-            plgpu.wgmma(acc, a, b)
+        for acc, pairs in zip(sums, factors, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(acc, a, b)
 
     return pl.run_state(run)([plgpu.ACC.init(c) for c in starts])
 

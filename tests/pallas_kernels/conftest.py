@@ -1,5 +1,9 @@
+from functools import partial
+
 import jax
 import pytest
+
+from pallas_kernels import compat
 
 
 @pytest.fixture(autouse=True)
@@ -7,3 +11,11 @@ def _exact_products():
     """Accelerators round float32 products by default; these tests compare to 1e-5."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture
+def no_races(monkeypatch, capfd):
+    """The interpreter follows what waits for what, also where a copy happens to be early enough."""
+    monkeypatch.setattr(compat, "gpu_interpreter", partial(compat.gpu_interpreter, detect_races=True))
+    yield
+    assert "race" not in capfd.readouterr().out.lower()

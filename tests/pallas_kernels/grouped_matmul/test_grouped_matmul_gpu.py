@@ -19,12 +19,7 @@ BF16 = jnp.bfloat16
 HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3", "9.0")
 
 
-@pytest.fixture(autouse=True)
-def _no_races(monkeypatch, capfd):
-    """The interpreter follows what waits for what, also where a copy happens to be early enough."""
-    monkeypatch.setattr(compat, "gpu_interpreter", partial(compat.gpu_interpreter, detect_races=True))
-    yield
-    assert "race" not in capfd.readouterr().out.lower()
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def inputs(*shape, seed=1):

@@ -1,0 +1,90 @@
+"""The Mosaic GPU form, interpreted, against the delta rule as it is written; and that it lowers for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat, dispatch
+from pallas_kernels.delta_rule import delta_rule, reference
+from tests.pallas_kernels.checks import GATES, cotangents_of, custom_calls, errors, population_equals_members
+
+if not compat.MOSAIC_GPU:
+    pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("no_races")
+
+
+def inputs(T, B=1, G=1, H=1, dk=64, dv=64, gates="mild", highest=1.0, seed=0):
+    """(q, k, v, beta, state), with the log decays before the state if there are `gates`; cotangents; documents. Keys of
+    length 1, beta up to `highest`."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.float32(rng.normal(size=shape))
+
+    k = normal(B, T, G, dk)
+    k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
+    q, k, v = (a.astype(jnp.bfloat16) for a in (normal(B, T, G, dk) * dk**-0.5, k, normal(B, T, H, dv)))
+    beta, state = jnp.float32(rng.uniform(0, highest, size=(B, T, H))), normal(B, H, dk, dv)
+    g = [jnp.float32(rng.uniform(*GATES[gates], size=(B, T, H)))] if gates else []
+    reset = jnp.asarray(rng.random((B, T)) < 0.05).at[:, T // 2].set(True)
+    return (q, k, v, beta, *g, state), cotangents_of(v, state, rng), reset
+
+
+def of(f, reset=None, **options):
+    """`f` of arrays as `inputs` has them."""
+
+    def run(q, k, v, beta, *rest):
+        *g, state = rest
+        return f(q, k, v, beta, g[0] if g else None, state, reset, **options)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("shape", "gates", "highest", "documents"),
+    [
+        ({"T": 70, "B": 2}, "mild", 2.0, True),  # a chunk and 6 tokens
+        ({"T": 130, "H": 2, "dk": 128}, "mixed", 1.0, False),  # heads that share a key
+        ({"T": 1, "dv": 128}, "open", 1.0, False),  # one token; values in two blocks
+        ({"T": 66}, None, 2.0, True),  # no decay
+        ({"T": 9}, "closed", 1.0, False),
+    ],
+)
+def test_equals_the_reference_in_values_and_all_gradients(shape, gates, highest, documents):
+    arrays, cotangents, reset = inputs(**shape, gates=gates, highest=highest)
+    reset = reset if documents else None
+    found = errors(
+        of(delta_rule, reset, kernels="mosaic_gpu"), of(reference.delta_rule, reset), arrays, cotangents
+    )  # fmt: skip
+    assert max(found[:2]) <= 4e-3
+    assert max(found[2:]) <= 6e-3
+
+
+def test_a_population_equals_its_members():
+    """Some inputs may be the same for all members."""
+    members = [inputs(8, seed=s)[:2] for s in (1, 2)]
+    population_equals_members(of(delta_rule, kernels="mosaic_gpu"), members, shared=(1, 5))
+
+
+@pytest.mark.parametrize(("G", "H", "dk", "dv", "documents"), [(16, 16, 128, 128, True), (4, 8, 192, 256, False)])
+def test_lowers_for_cuda_at_training_shapes(G, H, dk, dv, documents):
+    B, T = 4, 4096
+    shapes = [(B, T, G, dk), (B, T, G, dk), (B, T, H, dv)]
+    args = [*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)]
+    args += [jax.ShapeDtypeStruct((B, T, H), jnp.float32)] * 2
+    args += [jax.ShapeDtypeStruct((B, T), bool)] if documents else []
+    forward, both = custom_calls(lambda *a: delta_rule(*a[:5], None, *a[5:], kernels="mosaic_gpu"), args)
+    assert forward == 1
+    assert both >= 2
+
+
+def test_refuses_by_name_what_it_does_not_take():
+    (q, k, v, beta, g, state), _, _ = inputs(8)
+    run = of(delta_rule, kernels="mosaic_gpu")
+    with pytest.raises(dispatch.Unsupported, match="takes bfloat16 values, not float32"):
+        run(q, k, v.astype(jnp.float32), beta, g, state)
+    with pytest.raises(dispatch.Unsupported, match="takes keys of a width of 64, 128 or 192, not 32"):
+        run(q[..., :32], k[..., :32], v, beta, g, state[:, :, :32])
+    with pytest.raises(dispatch.Unsupported, match="takes values of a width that is a multiple of 64, not 40"):
+        run(q, k, v[..., :40], beta, g, state[..., :40])
