@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import compat, dispatch
 from pallas_kernels.gla import reference, xla
 
 
@@ -27,11 +27,18 @@ def gla(
     Precision: g, its sums and exponentials, and the states are float32; products take their operands in v's dtype and
     accumulate in float32. Only exponentials of non-positive numbers are formed.
     FLOPs per token and head, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: 2 (dk + dv) c + 4 dk
-    dv; the plain form: 2 (log2(Q) dk + dv) Q + 4 dk dv, with T padded to whole chunks.
-    Memory between the passes: log2(Q) + 3 copies of q and k, T Q log2(Q) scores a head, and T / Q states.
+    dv; both forms: 2 (log2(Q) dk + dv) Q + 4 dk dv, with T padded to whole chunks; on Hopper Q is 64, whatever `chunk`
+    says.
+    Memory between the passes, plain: log2(Q) + 3 copies of q and k, T Q log2(Q) scores a head, and T / Q states; on
+    Hopper the inputs and, a head, T (2 dk + dv + Q) numbers and T / Q states in v's dtype, T / Q dk in float32.
     Source: Yang et al. 2023 (arXiv 2312.06635), whose secondary blocks are here those of every size 1, 2, 4 ... Q / 2.
     """
-    if dispatch.choose("gla", kernels, {}) == "reference":
+    chosen = dispatch.choose("gla", kernels, {"mosaic_gpu": lambda: compat.gpu_refusal("gla", q, v)})
+    if chosen == "mosaic_gpu":
+        from pallas_kernels.gla import gpu
+
+        return gpu.gla(q, k, v, log_decay, state, reset)
+    if chosen == "reference":
         out, final = reference.gla(q, k, v, log_decay, state, reset)
         return out.astype(v.dtype), final
     return xla.gla(q, k, v, log_decay, state, reset, chunk)

@@ -1,0 +1,22 @@
+"""GLA on Hopper: the scores of all chunks side by side in XLA, then a walk over them."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array
+
+from pallas_kernels import chunk_walk
+from pallas_kernels.gated_recurrence import gpu as gated
+from pallas_kernels.gated_recurrence.walk import L
+from pallas_kernels.gla import xla
+
+refusal = gated.refusal
+
+
+def gla(
+    q: Array, k: Array, v: Array, log_decay: Array, state: Array | None, reset: Array | None
+) -> tuple[Array, Array]:
+    # Copies of q and k for every size of blocks are cheaper worked out again than kept for the backward pass.
+    in_chunks = jax.checkpoint(xla.in_chunks, prevent_cse=False, static_argnums=5)
+    read, write, v_chunks, weights, carried = in_chunks(q, k, v, log_decay, reset, L)
+    return chunk_walk.recurrence(read, write, None, v_chunks, weights, carried, state, v.shape[1])

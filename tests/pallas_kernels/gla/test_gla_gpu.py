@@ -1,0 +1,83 @@
+"""The Mosaic GPU form, interpreted, against the recurrence as it is written; and that it lowers for CUDA."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat, dispatch
+from pallas_kernels.gla import gla, reference
+from tests.pallas_kernels.checks import GATES, cotangents_of, custom_calls, errors, population_equals_members
+
+if not compat.MOSAIC_GPU:
+    pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("no_races")
+
+
+def inputs(T, B=1, H=1, dk=64, dv=64, gates="mild", seed=0):
+    """(q, k, v, log_decay, state), the cotangents, documents."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0):
+        return jnp.asarray(scale * rng.normal(size=shape), jnp.bfloat16)
+
+    q, k, v = normal(B, T, H, dk, scale=dk**-0.5), normal(B, T, H, dk, scale=dk**-0.5), normal(B, T, H, dv)
+    g = jnp.float32(rng.uniform(*GATES[gates], size=q.shape))
+    state = jnp.float32(rng.normal(size=(B, H, dk, dv)))
+    reset = jnp.asarray(rng.random((B, T)) < 0.05).at[:, T // 2].set(True)
+    return (q, k, v, g, state), cotangents_of(v, state, rng), reset
+
+
+@pytest.mark.parametrize(
+    ("shape", "gates", "documents"),
+    [
+        ({"T": 70, "B": 2}, "mild", True),  # a chunk and 6 tokens
+        ({"T": 130, "H": 2, "dk": 128}, "mixed", False),
+        ({"T": 1, "dv": 128}, "open", False),  # one token; values in two blocks
+        ({"T": 9}, "closed", True),
+    ],
+)
+def test_equals_the_reference_in_values_and_all_gradients(shape, gates, documents):
+    arrays, cotangents, reset = inputs(**shape, gates=gates)
+    reset = reset if documents else None
+    kernel, definition = partial(gla, reset=reset, kernels="mosaic_gpu"), partial(reference.gla, reset=reset)
+    found = errors(kernel, definition, arrays, cotangents)
+    assert max(found[:2]) <= 4e-3
+    assert max(found[2:]) <= 6e-3
+
+
+def test_channels_that_close_beside_channels_that_stay_open():
+    (q, k, v, g, state), cotangents, _ = inputs(70)
+    g = jnp.zeros_like(g).at[..., ::2].set(-100.0)
+    found = errors(partial(gla, kernels="mosaic_gpu"), reference.gla, (q, k, v, g, state), cotangents)
+    assert max(found) <= 6e-3
+
+
+def test_a_population_equals_its_members():
+    """Some inputs may be the same for all members."""
+    members = [inputs(8, seed=s)[:2] for s in (1, 2)]
+    population_equals_members(partial(gla, kernels="mosaic_gpu"), members, shared=(0, 4))
+
+
+@pytest.mark.parametrize(("H", "dk", "dv", "documents"), [(16, 128, 128, True), (4, 256, 512, False)])
+def test_lowers_for_cuda_at_training_shapes(H, dk, dv, documents):
+    B, T = 4, 4096
+    args = [jax.ShapeDtypeStruct((B, T, H, d), jnp.bfloat16) for d in (dk, dk, dv)]
+    args += [jax.ShapeDtypeStruct((B, T, H, dk), jnp.float32)]
+    args += [jax.ShapeDtypeStruct((B, T), bool)] if documents else []
+    forward, both = custom_calls(lambda *a: gla(*a[:4], None, *a[4:], kernels="mosaic_gpu"), args)
+    assert forward == 1
+    assert both >= 2
+
+
+def test_refuses_by_name_what_it_does_not_take():
+    (q, k, v, g, state), _, _ = inputs(8)
+    run = partial(gla, kernels="mosaic_gpu")
+    with pytest.raises(dispatch.Unsupported, match="takes bfloat16 values, not float32"):
+        run(q, k, v.astype(jnp.float32), g, state)
+    with pytest.raises(dispatch.Unsupported, match="takes keys of a width of 64, 128, 192 or 256, not 32"):
+        run(q[..., :32], k[..., :32], v, g[..., :32], state[:, :, :32])
+    with pytest.raises(dispatch.Unsupported, match="takes values of a width that is a multiple of 64, not 40"):
+        run(q, k, v[..., :40], g, state[..., :40])
