@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.delta_rule.xla import invert
 from scalelab import flops, models
 from scalelab.config import base, override
+from scalelab.models.delta import inversion_flops
 from scalelab.models.registry import resolve
 
 
@@ -295,6 +297,12 @@ def test_deltanet_by_hand():
     assert flops.per_token(config, T).forward == pytest.approx(L * (matrices + rule) + 2 * D * V, rel=1e-12)
     assert flops.decode_per_token(config, 9) == L * (matrices + H * 6 * d * d) + 2 * D * V
     assert flops.state_bytes(config, 9) == L * (H * d * d * 4 + 3 * D * 3 * 2)
+
+
+@pytest.mark.parametrize("Q", [1, 9, 16, 20, 32, 64])
+def test_the_delta_rule_inverts_at_its_stated_cost(Q):
+    system = jax.ShapeDtypeStruct((3, Q, Q), jnp.float32)
+    assert flops.jaxpr_matmul_flops(invert, system) == 3 * inversion_flops(Q)
 
 
 def test_gated_deltanet_by_hand():

@@ -27,7 +27,7 @@ def gla(
     Precision: g, its sums and exponentials, and the states are float32; products take their operands in v's dtype and
     accumulate in float32. Only exponentials of non-positive numbers are formed.
     FLOPs per token and head, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: 2 (dk + dv) c + 4 dk
-    dv; both forms: 2 (log2(Q) dk + dv) Q + 4 dk dv, with T padded to whole chunks; on Hopper Q is 64, whatever `chunk`
+    dv; both forms: 2 (log2(Q) dk + dv) Q + 4 dk dv, with T padded to whole chunks. On Hopper Q is 64, whatever `chunk`
     says.
     Memory between the passes, plain: log2(Q) + 3 copies of q and k, T Q log2(Q) scores a head, and T / Q states; on
     Hopper the inputs and, a head, T (2 dk + dv + Q) numbers and T / Q states in v's dtype, T / Q dk in float32.

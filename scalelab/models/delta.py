@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import delta_rule
+from pallas_kernels.delta_rule.xla import BLOCK
 from scalelab.errors import BadInput
 from scalelab.models.layers import linear, pointwise
 from scalelab.models.linear_attention import (
@@ -45,8 +46,15 @@ def rule_flops(sizes: Sizes, chunk: int, seq_len: int) -> Flops:
     G, dk, H, dv, _ = sizes
     Q = min(chunk, seq_len)
     exact = H * ((Q + 1) * (3 * dk + 2 * dv) + 6 * dk * dv + Q * Q / 3)
-    run = G * 4 * dk * Q + H * (2 * Q * (dk + 2 * dv) + 6 * dk * dv + 2 * Q * (Q - 1))
+    run = G * 4 * dk * Q + H * (2 * Q * (dk + 2 * dv) + 6 * dk * dv + inversion_flops(Q) / Q)
     return Flops(exact, padding(seq_len, Q) * run)
+
+
+def inversion_flops(Q: int) -> float:
+    """Of `invert` in the kernel's plain form."""
+    if Q > BLOCK and Q % 2 == 0:
+        return 2 * inversion_flops(Q // 2) + 4 * (Q // 2) ** 3
+    return 2 * Q * Q * (Q - 1)
 
 
 class DeltaMixer(LinearMixer):

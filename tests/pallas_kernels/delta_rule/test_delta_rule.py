@@ -24,13 +24,14 @@ def inputs(T, B=2, G=2, H=4, dk=5, dv=3, gates: str | None = "mild", highest=1.0
 
 
 CASES = [
-    (1, "mild", 1, 1.0, False), (7, "mild", 2, 2.0, True), (8, "closed", 4, 1.0, False), (9, "open", 1, 2.0, True),
-    (29, "mixed", 2, 1.0, True), (37, "mild", 4, 1.0, False), (37, None, 2, 2.0, False), (19, None, 4, 1.0, True),
+    (1, "mild", 1, 1.0, False, 8), (7, "mild", 2, 2.0, True, 8), (8, "closed", 4, 1.0, False, 8),
+    (9, "open", 1, 2.0, True, 8), (29, "mixed", 2, 1.0, True, 8), (37, "mild", 4, 1.0, False, 8),
+    (37, None, 2, 2.0, False, 8), (19, None, 4, 1.0, True, 8), (70, "mild", 2, 1.0, True, 64),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("T", "gates", "G", "highest", "documents"), CASES)
-def test_equals_the_reference_in_values_and_all_gradients(T, gates, G, highest, documents):
+@pytest.mark.parametrize(("T", "gates", "G", "highest", "documents", "chunk"), CASES)
+def test_equals_the_reference_in_values_and_all_gradients(T, gates, G, highest, documents, chunk):
     arrays = inputs(T, G=G, gates=gates, highest=highest)
     rng = np.random.default_rng(3)
     reset = jnp.asarray(rng.random((2, T)) < 0.2) if documents else None
@@ -40,7 +41,7 @@ def test_equals_the_reference_in_values_and_all_gradients(T, gates, G, highest, 
         out, pull = jax.vjp(f, *arrays)
         return *out, *(d for d in pull((d_out, d_state)) if d is not None)
 
-    got = jax.jit(lambda: run(lambda *a: delta_rule(*a, reset, chunk=8)))()
+    got = jax.jit(lambda: run(lambda *a: delta_rule(*a, reset, chunk=chunk)))()
     want = jax.jit(lambda: run(lambda *a: reference.delta_rule(*a, reset)))()
     assert len(got) == 2 + 5 + (gates is not None)
     for a, b in zip(got, want, strict=True):
