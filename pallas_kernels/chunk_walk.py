@@ -34,6 +34,13 @@ TILED_F32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 SHARED = 227 * 1024  # bytes that one block may have
 
 
+def refusal(q: Array, v: Array, widest: int) -> str:
+    """Why the kernel does not take keys up to `widest` and values like these; "" where it does."""
+    if v.dtype != jnp.bfloat16:
+        return f"takes bfloat16 values, not {v.dtype}"
+    return f"takes keys of a width up to {widest}, not {q.shape[-1]}" if q.shape[-1] > widest else ""
+
+
 def recurrence(
     read: Float[Array, "B C H L K"],
     write: Float[Array, "B C H L K"],
@@ -45,10 +52,16 @@ def recurrence(
     tokens: int,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """(out in the dtype of `read`, of so many tokens; the last state). `values` are float32 where there is `erase`;
-    `carried` and the states are always, the rest is in a 16-bit type."""
+    `carried` and the states are always, the rest is in a 16-bit type. Widths are padded to multiples of L."""
     (B, _, H, _, V), K = values.shape, read.shape[-1]
     state = jnp.zeros((B, H, K, V), F32) if state is None else state.astype(F32)
-    out, final = _walk(read, write, erase, values, weights, carried, state)
+
+    def whole(a: Array | None, *axes: int) -> Any:
+        return a if a is None else jnp.pad(a, [(0, -n % L if i - a.ndim in axes else 0) for i, n in enumerate(a.shape)])
+
+    keys = (whole(a, -1) for a in (read, write, erase))
+    out, final = _walk(*keys, whole(values, -1), weights, whole(carried, -1), whole(state, -2, -1))
+    out, final = out[..., :V], final[:, :, :K, :V]
     return jnp.moveaxis(out, 2, 3).reshape(B, -1, H, V)[:, :tokens], final
 
 

@@ -8,7 +8,6 @@ from jaxtyping import Array
 
 from pallas_kernels import chunk_walk
 from pallas_kernels.delta_rule import xla
-from pallas_kernels.gated_recurrence import gpu as gated
 from pallas_kernels.gated_recurrence.walk import L
 
 WIDEST = 192  # keys: beside a wider state the compiler keeps addresses of shared memory in local memory
@@ -16,7 +15,7 @@ WIDEST = 192  # keys: beside a wider state the compiler keeps addresses of share
 
 def refusal(q: Array, v: Array) -> str:
     """Why the kernel does not take these arguments; "" where it does."""
-    return gated.refusal(q, v, WIDEST)
+    return chunk_walk.refusal(q, v, WIDEST)
 
 
 def delta_rule(

@@ -25,13 +25,13 @@ WIDEST = 256  # keys: the state's 256 x 64 block takes half of a thread's regist
 WIDEST_BACK = 128  # values, in the backward pass: wider heads are worked on as several of the same keys
 
 
-def refusal(q: Array, v: Array, widest: int = WIDEST) -> str:
+def refusal(q: Array, v: Array) -> str:
     """Why the kernels do not take these arguments; "" where they do."""
     dk, dv = q.shape[-1], v.shape[-1]
     if v.dtype != jnp.bfloat16:
         return f"takes bfloat16 values, not {v.dtype}"
-    if dk % L or dk > widest:
-        return f"takes keys of a width of {', '.join(map(str, range(L, widest, L)))} or {widest}, not {dk}"
+    if dk % L or dk > WIDEST:
+        return f"takes keys of a width of {L}, {2 * L}, {3 * L} or {WIDEST}, not {dk}"
     return f"takes values of a width that is a multiple of {L}, not {dv}" if dv % L else ""
 
 
