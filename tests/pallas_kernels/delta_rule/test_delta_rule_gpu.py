@@ -44,7 +44,7 @@ def of(f, reset=None, **options):
 @pytest.mark.parametrize(
     ("shape", "gates", "highest", "documents"),
     [
-        ({"T": 70, "B": 2}, "mild", 2.0, True),  # a chunk and 6 tokens
+        ({"T": 134, "B": 2}, "mild", 2.0, True),  # two chunks and 6 tokens
         ({"T": 130, "H": 2, "dk": 128}, "mixed", 1.0, False),  # heads that share a key
         ({"T": 1, "dv": 128}, "open", 1.0, False),  # one token; values in two blocks
         ({"T": 66}, None, 2.0, True),  # no decay

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.gated_recurrence import gated_recurrence, reference
+from tests.pallas_kernels.checks import GATES, cotangents_of, custom_calls, errors, population_equals_members
 
 if not compat.MOSAIC_GPU:
     pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}", allow_module_level=True)
@@ -19,17 +20,10 @@ def inputs(T, B=1, G=1, H=1, dk=64, dv=64, gates="mild", seed=0):
     def normal(*shape, dtype=jnp.bfloat16):
         return jnp.asarray(rng.normal(size=shape), dtype)
 
-    low, high = {"mild": (-0.3, 0.0), "closed": (-60.0, -20.0), "open": (-1e-6, 0.0), "mixed": (-40.0, 0.0)}[gates]
-    g = jnp.float32(rng.uniform(low, high, size=(B, T, H)))
+    g = jnp.float32(rng.uniform(*GATES[gates], size=(B, T, H)))
     state = normal(B, H, dk, dv, dtype=jnp.float32)
     arrays = normal(B, T, G, dk) * dk**-0.5, normal(B, T, G, dk) * dk**-0.5, normal(B, T, H, dv), g, state
-    cotangents = normal(B, T, H, dv), normal(B, H, dk, dv, dtype=jnp.float32)
-    return arrays, cotangents, jnp.asarray(rng.random((B, T)) < 0.05).at[:, T // 2].set(True)
-
-
-def values_and_gradients(f, arrays, cotangents):
-    out, pull = jax.vjp(f, *arrays)
-    return *out, *pull(cotangents)
+    return arrays, cotangents_of(arrays[2], state, rng), jnp.asarray(rng.random((B, T)) < 0.05).at[:, T // 2].set(True)
 
 
 def kernel(*args):
@@ -48,13 +42,10 @@ def kernel(*args):
 def test_equals_the_reference_in_values_and_all_gradients(shape, gates, documents):
     arrays, cotangents, reset = inputs(**shape, gates=gates)
     reset = reset if documents else None
-    with dispatch.interpreted():
-        got = values_and_gradients(lambda *a: kernel(*a, reset), arrays, cotangents)
-    exact = [a.astype(jnp.float32) for a in arrays], tuple(a.astype(jnp.float32) for a in cotangents)
-    want = values_and_gradients(lambda *a: reference.gated_recurrence(*a, reset), *exact)
-    for a, b, like in zip(got, want, (arrays[2], arrays[4], *arrays), strict=True):
-        assert (a.shape, a.dtype) == (like.shape, like.dtype)
-        assert float(jnp.linalg.norm(a.astype(jnp.float32) - b)) <= 5e-3 * float(jnp.linalg.norm(b)) + 1e-6
+    found = errors(
+        lambda *a: kernel(*a, reset), lambda *a: reference.gated_recurrence(*a, reset), arrays, cotangents
+    )  # fmt: skip
+    assert max(found) <= 5e-3
 
 
 def test_without_a_state_and_its_cotangent():
@@ -73,21 +64,7 @@ def test_without_a_state_and_its_cotangent():
 @pytest.mark.parametrize("shared", [(0, 3), (2, 4)])
 def test_a_population_equals_its_members(shared):
     """Some inputs may be the same for all members."""
-    members = [inputs(8, seed=s) for s in (1, 2)]
-    arrays = [members[0][0][i] if i in shared else jnp.stack([m[0][i] for m in members]) for i in range(5)]
-    cotangents = tuple(jnp.stack([m[1][i] for m in members]) for i in range(2))
-    axes = [None if i in shared else 0 for i in range(5)]
-
-    def run(d_out, d_state, *arrays):
-        return values_and_gradients(kernel, arrays, (d_out, d_state))
-
-    with dispatch.interpreted():
-        together = jax.vmap(run, in_axes=(0, 0, *axes))(*cotangents, *arrays)
-        for m in range(2):
-            alone = run(*(c[m] for c in cotangents), *(a if i in shared else a[m] for i, a in enumerate(arrays)))
-            for a, b in zip(together, alone, strict=True):
-                a, b = (np.asarray(x, np.float32) for x in (a[m], b))
-                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    population_equals_members(kernel, [inputs(8, seed=s)[:2] for s in (1, 2)], shared)
 
 
 @pytest.mark.parametrize(("G", "H", "dk", "dv", "documents"), [(1, 64, 128, 64, True), (8, 8, 256, 512, False)])
@@ -97,15 +74,9 @@ def test_lowers_for_cuda_at_training_shapes(G, H, dk, dv, documents):
     args = [*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes), jax.ShapeDtypeStruct((B, T, H), jnp.float32)]
     args += [jax.ShapeDtypeStruct((B, T), bool)] if documents else []
 
-    def loss(*a):
-        out, final = kernel(*a[:4], None, *a[4:])
-        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(final)
-
-    def lowered(f):
-        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-    assert lowered(loss).count("custom_call @mosaic_gpu") == 1
-    assert lowered(jax.grad(jax.checkpoint(loss), argnums=range(4))).count("custom_call @mosaic_gpu") >= 3
+    forward, both = custom_calls(lambda *a: kernel(*a[:4], None, *a[4:]), args)
+    assert forward == 1
+    assert both >= 3
 
 
 def test_refuses_by_name_what_it_does_not_take():

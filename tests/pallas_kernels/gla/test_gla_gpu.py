@@ -33,7 +33,7 @@ def inputs(T, B=1, H=1, dk=64, dv=64, gates="mild", seed=0):
 @pytest.mark.parametrize(
     ("shape", "gates", "documents"),
     [
-        ({"T": 70, "B": 2}, "mild", True),  # a chunk and 6 tokens
+        ({"T": 134, "B": 2}, "mild", True),  # two chunks and 6 tokens
         ({"T": 130, "H": 2, "dk": 128}, "mixed", False),
         ({"T": 1, "dv": 128}, "open", False),  # one token; values in two blocks
         ({"T": 9, "dk": 24, "dv": 40}, "closed", True),  # widths are padded
