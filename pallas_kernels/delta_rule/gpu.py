@@ -10,7 +10,7 @@ from pallas_kernels import chunk_walk
 from pallas_kernels.delta_rule import xla
 from pallas_kernels.gated_recurrence.walk import L
 
-WIDEST = 192  # keys: beside a wider state the compiler keeps addresses of shared memory in local memory
+WIDEST = 192  # keys: beside a wider state, addresses of shared memory spill from the registers
 
 
 def refusal(q: Array, v: Array) -> str:
@@ -21,7 +21,7 @@ def refusal(q: Array, v: Array) -> str:
 def delta_rule(
     q: Array, k: Array, v: Array, beta: Array, log_decay: Array | None, state: Array | None, reset: Array | None
 ) -> tuple[Array, Array]:
-    # Of what is worked out before the walk, only the inverses are dear enough to be kept for the backward pass.
+    # Of what is worked out before the walk, the inverses alone are kept for the backward pass.
     keep = jax.checkpoint_policies.save_only_these_names("inverse")
     in_chunks = jax.checkpoint(xla.in_chunks, policy=keep, prevent_cse=False, static_argnums=6)
     read, write, W, U, weights, carried = in_chunks(q, k, v, beta, log_decay, reset, L)

@@ -20,7 +20,7 @@ def refusal(q: Array, v: Array) -> str:
 def gla(
     q: Array, k: Array, v: Array, log_decay: Array, state: Array | None, reset: Array | None
 ) -> tuple[Array, Array]:
-    # Copies of q and k for every size of blocks are cheaper worked out again than kept for the backward pass.
+    # Not kept for the backward pass: copies of q and k, and their decays, for every size of blocks.
     in_chunks = jax.checkpoint(xla.in_chunks, prevent_cse=False, static_argnums=5)
     read, write, v_chunks, weights, carried = in_chunks(q, k, v, log_decay, reset, L)
     return chunk_walk.recurrence(read, write, None, v_chunks, weights, carried, state, v.shape[1])
