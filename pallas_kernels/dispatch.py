@@ -47,7 +47,7 @@ class Device:
 @dataclasses.dataclass(frozen=True)
 class Choice:
     implementation: str
-    passed_over: tuple[tuple[str, str], ...]  # (a form that would be faster, why it does not run)
+    passed_over: tuple[tuple[str, str], ...]  # (a form that may be faster, why it does not run)
 
 
 def explain(kernels: str, forms: Mapping[str, Refusal], on: Device | None = None, op: str = "") -> Choice:
