@@ -34,6 +34,16 @@ def test_negative_eigenvalues_track_parity_beyond_the_length_of_training(tmp_pat
     assert found["mamba"][0] < 0.65
 
 
+@pytest.mark.slow
+def test_attention_recalls_pairs_that_a_fixed_state_cannot_hold(tmp_path):
+    """Where hundreds of steps must do; the study below is the probe's own size."""
+    task = "task=recall,options=least=1:keys=8:values=8,size=4,width=32,batch=32,steps=500,lr=0.005"
+    found = accuracies(tmp_path, f"probe:{task},families=hybrid:lightning", [1, 2, 4])
+    assert found["hybrid"][2] > 0.8
+    assert found["lightning"][0] > found["lightning"][1] > found["lightning"][2]
+    assert found["lightning"][2] < 0.65
+
+
 @pytest.mark.study
 def test_who_solves_parity_beyond_the_length_of_training(tmp_path):
     families = "families=slstm:deltanet:gated_deltanet:deltanet_positive:mamba:transformer"
