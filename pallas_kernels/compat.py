@@ -11,6 +11,11 @@ MOSAIC_GPU_SINCE = "0.11"
 MOSAIC_GPU = jax.__version_info__ >= (0, 11)  # the kernels here are written against its API of that version
 
 
+def without_mosaic_gpu() -> str:
+    """Why Mosaic GPU kernels do not run here, whatever the device; "" where they do."""
+    return "" if MOSAIC_GPU else f"needs JAX {MOSAIC_GPU_SINCE} or later"
+
+
 def gpu_interpreter(**options: Any) -> Any:
     """What makes a Mosaic GPU kernel run on any device; JAX has it since the version above."""
     from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -112,7 +112,7 @@ def _hopper(on: Device) -> str:
 
     if on.capability != "9.0":
         return f"needs compute capability 9.0 (Hopper), {on.kind} has {on.capability or 'none'}"
-    return "" if compat.MOSAIC_GPU else f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
+    return compat.without_mosaic_gpu()
 
 
 _HEARD: contextvars.ContextVar[list[tuple[str, Choice]] | None] = contextvars.ContextVar("heard", default=None)

@@ -11,22 +11,26 @@ from jax import Array
 
 
 def folded(kernel: Callable[..., Any], shared: Sequence[int] = ()) -> Callable[..., Any]:
-    """`kernel`, whose arguments and outputs (a list) are arrays with the rows as first axis, for a population too.
-    Arguments at the positions `shared` have a first axis that divides the rows: an entry of theirs is for all rows of a
-    member, and one entry for all members stays one."""
+    """`kernel`, whose arguments and outputs (arrays, or trees of them) have the rows as first axis, for a population
+    too. Arguments at the positions `shared` have a first axis that divides the rows: an entry of theirs is for all rows
+    of a member, and one entry for all members stays one."""
     # A function of its own each time: JAX keeps traces by function, and whether kernels are interpreted is not in their
     # key.
     call = jax.custom_batching.custom_vmap(lambda *args: kernel(*args))
 
     @call.def_vmap
-    def rule(size: int, batched: Any, *args: Array) -> tuple[Any, Any]:
-        rows = []
-        for place, (arg, own) in enumerate(zip(args, batched, strict=True)):
-            if own or place not in shared or arg.shape[0] != 1:
-                arg = arg if own else jnp.broadcast_to(arg, (size, *arg.shape))
-                arg = arg.reshape(-1, *arg.shape[2:])
-            rows.append(arg)
-        out = [a.reshape(size, -1, *a.shape[1:]) for a in call(*rows)]
-        return out, [True] * len(out)
+    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
+        def rows(arg: Array, own: bool, once: bool) -> Array:
+            if not own and once and arg.shape[0] == 1:
+                return arg
+            arg = arg if own else jnp.broadcast_to(arg, (size, *arg.shape))
+            return arg.reshape(-1, *arg.shape[2:])
+
+        folds = [
+            jax.tree.map(lambda a, own, once=place in shared: rows(a, own, once), arg, its)
+            for place, (arg, its) in enumerate(zip(args, batched, strict=True))
+        ]
+        out = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), call(*folds))
+        return out, jax.tree.map(lambda _: True, out)
 
     return call

@@ -16,15 +16,14 @@ from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat, dispatch
+from pallas_kernels.gated_recurrence.sweeps import F32, Gates
 
 plgpu: Any = mosaic_gpu  # what its annotations say differs between versions of JAX
-F32 = jnp.float32
 L = 64  # tokens of a chunk and columns of a block of values: the rows of one wgmma
 SQUARE = (L, L)
 WGMMA = plgpu.Layout.WGMMA
 HALF = 110 * 1024  # bytes of shared memory, of a multiprocessor's 228 KiB, less what the compiler and the driver take
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-Gates = dict[str, Float[Array, "B Hg C*L"]]
 
 
 def walk(
@@ -41,20 +40,7 @@ def walk(
     share: Float[Array, "B H C V"] | None = None,
     eps: float = 0.0,
 ) -> dict[str, Array]:
-    """One sweep over the chunks of all heads, forward or `reverse`; arrays of fewer heads are shared by groups.
-
-    Gates: the weight of token s at token t of its chunk is 2^(to_t - of_s), that of the state before the chunk
-    `entering`, that of a token at the chunk's end `left`; the state keeps `carried` of itself, read from the chunk's
-    last token. Where there are documents, their numbers, twice: the compiler makes one of two loads from one place, and
-    finds no layout for what is then both a column and a row. With `inherited` and `bound` every output is divided by
-    max(|sum of its weights with q k^T, and inherited|, bound) + eps; the sum is norm (B, H, C L). With `bias` a number
-    for each q, or k if `reverse`, is added to its products q k^T, and `share` is the row that this gives the state.
-
-    out (B, T, H, V), in v's dtype, and final (B, H, K, V), the state after it. With `weigh`, sums
-    (B, H, V / L, 2, C L): its product with what came of the state, and with the rest of out, over a block of columns.
-    With `keep`, states (B, H, C, K, V) at the beginning of every chunk, in v's dtype. With `against`, cross
-    (B, H, V / L, C, K): its product with the state before each chunk, over a block of columns.
-    """
+    """As `sweeps` says, over blocks of L columns of the values; cross has a number for each key."""
     (B, T, _, V), K, dtype = v.shape, q.shape[3], v.dtype
     H, order, stacked = state.shape[1], list(gates), jnp.stack(list(gates.values()), axis=2)
     R, padded = stacked.shape[2:]

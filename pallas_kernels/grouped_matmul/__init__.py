@@ -119,8 +119,8 @@ def choose(x: Array, w: Array, kernels: str = "auto", devices: int = 1) -> str:
     def refusal(name: str) -> str:
         if devices > 1:
             return f"runs on one device, not on {devices} that share a batch"
-        if name == "mosaic_gpu" and not compat.MOSAIC_GPU:
-            return f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
+        if name == "mosaic_gpu" and (reason := compat.without_mosaic_gpu()):
+            return reason
         return _form(name).refusal(x, w)
 
     return dispatch.choose("grouped_matmul", kernels, {name: partial(refusal, name) for name in KERNELS})
