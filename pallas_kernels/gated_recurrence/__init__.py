@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import compat, dispatch
@@ -29,21 +31,30 @@ def gated_recurrence(
     FLOPs per token, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: G 2 dk c + H (2 dv c + 4 dk dv
     + 2 dk dv / Q); the plain form runs the full square, Q in place of c, and pads T to whole chunks.
     Memory between the passes: the inputs; the backward pass works the chunks out again. Its temporaries are, plain:
-    scores and decays of all chunks, T Q (G + H) numbers a row, and T / Q states; on Hopper, where Q is 64: T / Q states
-    and, where groups are fewer than heads, the gradients of q and k head by head.
+    scores and decays of all chunks, T Q (G + H) numbers a row, and T / Q states; by the kernels, where Q is 64 on
+    Hopper and 128 on TPUs: T / Q states and, where groups are fewer than heads, the gradients of q and k head by head.
+    On TPUs widths are padded to multiples of 128.
     Source: Dao & Gu 2024 (arXiv 2405.21060); Yang et al. 2023 (arXiv 2312.06635).
     """
-    chosen = dispatch.choose(
-        "gated_recurrence", kernels, {"mosaic_gpu": lambda: compat.gpu_refusal("gated_recurrence", q, v)}
-    )
-    if chosen == "mosaic_gpu":
-        from pallas_kernels.gated_recurrence import gpu
-
-        return gpu.gated_recurrence(q, k, v, log_decay, state, reset)
+    forms = {
+        "mosaic_gpu": lambda: compat.without_mosaic_gpu() or _form("mosaic_gpu").refusal(q, v),
+        "mosaic_tpu": lambda: _form("mosaic_tpu").refusal(q, v),
+    }
+    chosen = dispatch.choose("gated_recurrence", kernels, forms)
+    if chosen in forms:
+        return _form(chosen).gated_recurrence(q, k, v, log_decay, state, reset)
     if chosen == "reference":
         out, final = reference.gated_recurrence(q, k, v, log_decay, state, reset)
         return out.astype(v.dtype), final
     return xla.gated_recurrence(q, k, v, log_decay, state, reset, chunk)
+
+
+def _form(name: str) -> ModuleType:
+    if name == "mosaic_gpu":
+        from pallas_kernels.gated_recurrence import gpu as form  # not above: they bring Pallas
+    else:
+        from pallas_kernels.gated_recurrence import tpu as form
+    return form
 
 
 def step(

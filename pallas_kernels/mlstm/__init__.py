@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
@@ -42,19 +43,30 @@ def mlstm(
     Precision: gates, sums, exponentials, normaliser and states are float32; products take their operands in v's dtype
     and accumulate in float32. m is a constant to the backward pass, h being independent of it but for eps.
     FLOPs per token and head, c = (Q + 1) / 2: 2 (dk + dv) c + 4 dk dv + 2 dk dv / Q + 4 dk; the plain form runs the
-    full square, Q in place of c, and pads T to whole chunks, as does Hopper's kernel, where Q is 64.
-    Memory between the passes, on Hopper: the inputs, h, the states given, and in float32 7 numbers (9 with documents)
-    a token, n at every chunk and (T / 64)^2 decays between chunks, a head.
+    full square, Q in place of c, and pads T to whole chunks, as do the kernels, where Q is 64 on Hopper and 128 on
+    TPUs, which pad widths to multiples of 128 too.
+    Memory between the passes, by the kernels: the inputs, h, the states given, and in float32 7 numbers (9 with
+    documents) a token, n at every chunk and (T / Q)^2 decays between chunks, a head.
     Source: Beck et al. 2024 (arXiv 2405.04517), Beck et al. 2025 (arXiv 2503.14376).
     """
-    chosen = dispatch.choose("mlstm", kernels, {"mosaic_gpu": lambda: compat.gpu_refusal("mlstm", q, v)})
-    if chosen == "mosaic_gpu":
-        from pallas_kernels.mlstm import gpu
-
-        h, C, n, m = gpu.mlstm(q, k, v, i, f, state, reset, eps)
-        return h, State(C, n, m)
+    forms = {
+        "mosaic_gpu": lambda: compat.without_mosaic_gpu() or _form("mosaic_gpu").refusal(q, v),
+        "mosaic_tpu": lambda: _form("mosaic_tpu").refusal(q, v),
+    }
+    chosen = dispatch.choose("mlstm", kernels, forms)
     if chosen == "reference":
         h, after = reference.mlstm(q, k, v, i, f, state, reset, eps)
         return h.astype(v.dtype), State(*after)
-    h, C, n, m = xla.mlstm(q, k, v, i, f, state, reset, chunk, eps)
+    if chosen in forms:
+        h, C, n, m = _form(chosen).mlstm(q, k, v, i, f, state, reset, eps)
+    else:
+        h, C, n, m = xla.mlstm(q, k, v, i, f, state, reset, chunk, eps)
     return h, State(C, n, m)
+
+
+def _form(name: str) -> ModuleType:
+    if name == "mosaic_gpu":
+        from pallas_kernels.mlstm import gpu as form  # not above: they bring Pallas
+    else:
+        from pallas_kernels.mlstm import tpu as form
+    return form
