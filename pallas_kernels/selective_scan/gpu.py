@@ -25,70 +25,30 @@ from jax.experimental.mosaic.gpu import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels import compat, dispatch, population
+from pallas_kernels import compat, dispatch
+from pallas_kernels.selective_scan import scan
+from pallas_kernels.selective_scan.scan import F32
 
-F32 = jnp.float32
 WARPS = 4
 LANES = 4  # lanes of a warp that share a channel
 BLOCK = 64  # channels of a thread block
 WIDTH = BLOCK // WARPS  # of them, a warp's
 TILE = 32  # tokens staged at a time; the state before each tile is kept for the backward pass
 LARGEST_STATE = 32
-NEVER = -1e30  # the exponent of a decay that forgets all
 
 
 def refusal(u: Array, A: Array) -> str:
     """Why the kernels do not take these arguments; "" where they do."""
-    if not compat.MOSAIC_GPU:
-        return f"needs JAX {compat.MOSAIC_GPU_SINCE} or later"
+    if reason := compat.without_mosaic_gpu():
+        return reason
     if u.dtype not in (jnp.bfloat16, F32):
         return f"takes bfloat16 and float32, not {u.dtype}"
     return "" if A.shape[1] <= LARGEST_STATE else f"takes at most {LARGEST_STATE} states a channel, not {A.shape[1]}"
 
 
-def selective_scan(
-    u: Array, dt: Array, A: Array, B: Array, C: Array, state: Array | None, reset: Array | None
-) -> tuple[Array, Array]:
-    """As `xla.selective_scan`. Channels, states and tokens are padded to the sizes of the kernels."""
-    (batch, T, E), N = u.shape, A.shape[1]
-    width = max(8, 1 << (N - 1).bit_length())
-
-    def padded(a: Array, *sizes: int) -> Array:
-        pads = [(0, size - have) for size, have in zip(sizes, a.shape[1:], strict=True)]
-        return jnp.pad(a, ((0, 0), *pads)) if any(p for _, p in pads) else a
-
-    tokens, channels = -(-T // TILE) * TILE, -(-E // BLOCK) * BLOCK
-    start = jnp.zeros((batch, E, N), F32) if state is None else state.astype(F32)
-    # A token of padding has dt = 0: it neither decays nor adds.
-    arrays = [padded(a, tokens, channels) for a in (u, dt.astype(F32))]
-    arrays += [padded(A.astype(F32)[None], channels, width)]
-    arrays += [padded(a.astype(F32), tokens, width) for a in (B, C)]
-    arrays += [padded(start, channels, width)]
-    forget = None if reset is None else padded(jnp.where(reset, NEVER, 0.0).astype(F32), tokens)
-    y, final = _scan(*arrays, forget)
-    return y[:, :T, :E], final[:, :E, :N]
-
-
-@jax.custom_vjp
-def _scan(u, dt, A, B, C, start, forget):
-    y, final = forward(u, dt, A, B, C, start, forget, keep=False)
-    return y, final
-
-
-def _scan_forward(u, dt, A, B, C, start, forget):
-    y, final, states = forward(u, dt, A, B, C, start, forget, keep=True)
-    return (y, final), (u, dt, A, B, C, states, forget)
-
-
-def _scan_backward(kept, cotangents):
-    u, dt, A, B, C, states, forget = kept
-    dy, d_final = cotangents
-    du, ddt, dA, dB, dC, dstart = backward(u, dt, A, B, C, states, dy, d_final, forget)
-    d_forget = None if forget is None else jnp.zeros_like(forget)
-    return du, ddt, dA.sum(0, keepdims=True), dB.sum(1), dC.sum(1), dstart, d_forget
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
+def sizes(T: int, E: int, N: int) -> tuple[int, int, int]:
+    """As the kernels take them."""
+    return -(-T // TILE) * TILE, -(-E // BLOCK) * BLOCK, max(8, 1 << (N - 1).bit_length())
 
 
 # ----------------------------------------------------------------------------------------------- what both passes share
@@ -139,13 +99,8 @@ def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int]) 
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
-def forward(u, dt, A, B, C, start, forget, keep):
-    """(y, final state, and where `keep` the state before each tile)."""
-    args = [u, dt, A * math.log2(math.e), B, C, start] + ([] if forget is None else [forget])
-    return population.folded(functools.partial(_forward, keep=keep), shared=(2,))(*args)
-
-
-def _forward(u, dt, A, B, C, start, *forget, keep):
+def forward(u, dt, A, B, C, start, *forget, keep):
+    """[y, final state, and where `keep` the state before each tile]."""
     (rows, T, E), N = u.shape, A.shape[2]
     tiles, members, shape = T // TILE, rows // A.shape[0], (WARPS, WIDTH, N)
     spread, group = layout(N), span(N)
@@ -226,20 +181,15 @@ def _forward(u, dt, A, B, C, start, *forget, keep):
     scratch += [plgpu.Barrier(num_arrivals=4 + len(forget), num_barriers=2)]
     scratch += [plgpu.SMEM((2, TILE), F32) for _ in forget]
     run = launch(kernel, "selective_scan_forward", out, scratch, (rows, E // BLOCK))
-    y, final, *states = run(*(by_warp(a, 2) for a in (u, dt)), by_warp(A, 1), B, C, by_warp(start, 1), *forget)
+    rates = by_warp(A * math.log2(math.e), 1)
+    y, final, *states = run(*(by_warp(a, 2) for a in (u, dt)), rates, B, C, by_warp(start, 1), *forget)
     return [y.reshape(u.shape), final.reshape(start.shape), *(s.reshape(rows, tiles, E, N) for s in states)]
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
 
 
-def backward(u, dt, A, B, C, states, dy, d_final, forget):
-    """(du, d dt, dA for each row, dB and dC for each block, d start), dB and dC with the blocks as second axis."""
-    args = [u, dt, A, B, C, states, dy, d_final] + ([] if forget is None else [forget])
-    return population.folded(_backward, shared=(2,))(*args)
-
-
-def _backward(u, dt, A, B, C, states, dy, d_final, *forget):
+def backward(u, dt, A, B, C, states, dy, d_final, *forget):
     (rows, T, E), N = u.shape, A.shape[2]
     tiles, members, shape = T // TILE, rows // A.shape[0], (WARPS, WIDTH, N)
     spread, group = layout(N), span(N)
@@ -355,3 +305,7 @@ def _backward(u, dt, A, B, C, states, dy, d_final, *forget):
     tall = [by_warp(A * math.log2(math.e), 1), by_warp(states, 2), by_warp(d_final, 1)]
     du, ddt, dA, dB, dC, d_start = run(*wide[:2], tall[0], B, C, tall[1], wide[2], tall[2], *forget)
     return [du.reshape(u.shape), ddt.reshape(dt.shape), dA.reshape(rows, E, N), dB, dC, d_start.reshape(rows, E, N)]
+
+
+FORM = scan.Form(forward, backward, sizes)
+selective_scan = functools.partial(scan.selective_scan, FORM)
