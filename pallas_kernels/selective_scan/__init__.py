@@ -27,19 +27,26 @@ def selective_scan(
     counts as zero.
 
     All arithmetic is float32. FLOPs: 7 E N a token (dt A, exp, (dt u) B, multiply-add, multiply-add with C) plus E.
-    Memory between the passes: the states at the borders of chunks, T / Q of them (Q = `chunk`; 64 in the kernel for
-    GPUs); the backward pass runs each chunk again, the kernel for GPUs twice. Source: Gu & Dao 2023 (arXiv 2312.00752).
+    Memory between the passes: the states at the borders of chunks, T / Q of them (Q = `chunk`; in the kernels 32 on
+    GPUs, 128 on TPUs); the backward pass runs each chunk again, the kernel for GPUs twice. Source: Gu & Dao 2023 (arXiv
+    2312.00752).
     """
-    choice = dispatch.choose("selective_scan", kernels, {"mosaic_gpu": lambda: _gpu().refusal(u, A)})
+    forms = {
+        "mosaic_gpu": lambda: _form("mosaic_gpu").refusal(u, A),
+        "mosaic_tpu": lambda: _form("mosaic_tpu").refusal(u, A),
+    }
+    choice = dispatch.choose("selective_scan", kernels, forms)
     if choice == "reference":
         out, final = reference.selective_scan(u, dt, A, B, C, state, reset)
         return out.astype(u.dtype), final
-    if choice == "mosaic_gpu":
-        return _gpu().selective_scan(u, dt, A, B, C, state, reset)
+    if choice in forms:
+        return _form(choice).selective_scan(u, dt, A, B, C, state, reset)
     return xla.selective_scan(u, dt, A, B, C, state, reset, chunk)
 
 
-def _gpu() -> ModuleType:
-    from pallas_kernels.selective_scan import gpu  # not above: it needs a JAX with Mosaic GPU
-
-    return gpu
+def _form(name: str) -> ModuleType:
+    if name == "mosaic_gpu":
+        from pallas_kernels.selective_scan import gpu as form  # not above: it needs a JAX with Mosaic GPU
+    else:
+        from pallas_kernels.selective_scan import tpu as form
+    return form
