@@ -12,7 +12,6 @@ busy: forward, what is written for the backward pass; backward, all that does no
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,10 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels import compat, dispatch, population
+from pallas_kernels import compat, dispatch
+from pallas_kernels.slstm.recurrence import F32, parts, sigmoid, tanh
 from pallas_kernels.slstm.xla import EMPTY
 
-F32, BF16 = jnp.float32, jnp.bfloat16
+BF16 = jnp.bfloat16
 GATES = 4
 UNITS = 64  # of a warpgroup: the height of the matrix unit's tile
 ROWS = 8  # of the batch in a block
@@ -36,25 +36,6 @@ WGMMA = plgpu.Layout.WGMMA
 
 
 # ----------------------------------------------------------------------------------------------- what both passes share
-
-
-def sigmoid(x: Array) -> Array:
-    return 1.0 / (1.0 + jnp.exp(-x))
-
-
-def tanh(x: Array) -> Array:
-    return 2.0 * sigmoid(2.0 * x) - 1.0
-
-
-def log_sigmoid(x: Array) -> Array:
-    return jnp.minimum(x, 0.0) - jnp.log(1.0 + jnp.exp(-jnp.abs(x)))
-
-
-def parts(i: Array, f: Array, m: Array) -> tuple[Array, Array, Array]:
-    """What is left of the old memory, what is taken of the new, and the next m. One of the two is 1."""
-    old = log_sigmoid(f) + m
-    smaller = jnp.exp(-jnp.abs(old - i))
-    return jnp.where(old >= i, 1.0, smaller), jnp.where(old >= i, smaller, 1.0), jnp.maximum(old, i)
 
 
 def in_registers(d: int) -> int:
@@ -158,15 +139,7 @@ def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int], 
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
-def forward(wx, R, start, keep, *, save):
-    """wx (heads, tiles, T, 4, d, rows), R (heads, 4, d after, d before) in bfloat16, start (heads, tiles, 4, d, rows)
-    the states h, c, n, m; keep (members, tiles, T, rows), 0 where a document begins, or None. Gives h and the last
-    states, and where `save` the raw gates and the states c, n, m before each token."""
-    args = [wx, R, start] + ([] if keep is None else [keep])
-    return population.folded(functools.partial(_forward, save=save), shared=(3,))(*args)
-
-
-def _forward(wx, R, start, *keep, save):
+def forward(wx, R, start, *keep, save):
     heads, tiles, T, _, d, rows = wx.shape
     stages = min(4 if d <= 128 else 2, T)
 
@@ -247,21 +220,15 @@ def _forward(wx, R, start, *keep, save):
     out += [wx.shape, (heads, tiles, T, 3, d, rows)] if save else []
     scratch = [plgpu.SMEM((stages, GATES, d, rows), F32), operand((2, 2 * rows, d)), *shared_weights(d)]
     scratch += [plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=d // UNITS)]
-    return launch(kernel, "slstm_forward", out, scratch, (heads, tiles), d)(wx, R, start, *keep)
+    run = launch(kernel, "slstm_forward", out, scratch, (heads, tiles), d)
+    return run(wx, jnp.swapaxes(R, -1, -2).astype(BF16), start, *keep)
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
 
 
-def backward(raw, states, R, dh, d_last, keep):
-    """The mirrored loop. raw and states as `forward` saved them, R (heads, 4, d before, d after) in bfloat16, dh
-    (heads, tiles, T, d, rows), d_last (heads, tiles, 4, d, rows) of the last states, of which h's is in dh already.
-    Gives the gates' gradients (heads, tiles, T, 4, d, rows) and those of the first h, c, n, m."""
-    args = [raw, states, R, dh, d_last] + ([] if keep is None else [keep])
-    return population.folded(_backward, shared=(5,))(*args)
-
-
-def _backward(raw, states, R, dh, d_last, *keep):
+def backward(raw, states, R, dh, d_last, *keep):
+    """The mirrored loop."""
     heads, tiles, T, _, d, rows = raw.shape
     stages, buffers = (min(3, T + 1), 2) if d <= 128 else (1, 1)
 
@@ -359,4 +326,4 @@ def _backward(raw, states, R, dh, d_last, *keep):
     scratch += [plgpu.Barrier(num_arrivals=3, num_barriers=stages)]
     scratch += [plgpu.Barrier(num_arrivals=d // UNITS) for _ in range(2)]
     run = launch(kernel, "slstm_backward", out, scratch, (heads, tiles), d)
-    return run(raw, states, R, dh, d_last, *keep)
+    return run(raw, states, R.astype(BF16), dh, d_last, *keep)
