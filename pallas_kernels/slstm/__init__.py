@@ -40,16 +40,22 @@ def slstm(
 
     Precision: float32, but the kernel for GPUs rounds `recurrent` to bfloat16, and h and the gates' gradients to 16
     bits of mantissa on their way into the products. FLOPs a token: 8 H d^2. Memory between the passes: 8 numbers a
-    unit and token. Source: Beck et al. 2024 (arXiv 2405.04517); state and R on the chip for all tokens: Poeppel et al.
-    2024 (arXiv 2412.07752).
+    unit and token; the kernels for TPUs pad d to a multiple of 128. Source: Beck et al. 2024 (arXiv 2405.04517); state
+    and R on the chip for all tokens: Poeppel et al. 2024 (arXiv 2412.07752).
     """
-    choice = dispatch.choose("slstm", kernels, {"mosaic_gpu": lambda: _gpu().refusal(gates)})
-    run = {"reference": reference.slstm, "xla": xla.slstm}.get(choice) or _gpu().slstm
+    forms = {
+        "mosaic_gpu": lambda: _form("mosaic_gpu").refusal(gates),
+        "mosaic_tpu": lambda: _form("mosaic_tpu").refusal(gates),
+    }
+    choice = dispatch.choose("slstm", kernels, forms)
+    run = {"reference": reference.slstm, "xla": xla.slstm}.get(choice) or _form(choice).slstm
     h, after = run(gates, recurrent, state, reset)
     return h, State(*after)
 
 
-def _gpu() -> ModuleType:
-    from pallas_kernels.slstm import gpu  # not above: it needs a JAX with Mosaic GPU
-
-    return gpu
+def _form(name: str) -> ModuleType:
+    if name == "mosaic_gpu":
+        from pallas_kernels.slstm import gpu as form  # not above: it needs a JAX with Mosaic GPU
+    else:
+        from pallas_kernels.slstm import tpu as form
+    return form
