@@ -13,7 +13,7 @@ NOTEBOOKS := $(shell grep -l "^. jupyter:" analysis/*.py)
 
 # Three families at equal compute on real text: an IsoFLOP sweep of each, their laws, and what each needs of the
 # Transformer's compute; report.html.
-DEMO := isoflop:families=transformer:xlstm:lightning,budgets=7e10:1.1e11:1.75e11,sizes=4,ratio=40
+DEMO := isoflop:families=transformer:xlstm:lightning,budgets=8e10:1.3e11:2.1e11,sizes=4,ratio=30
 demo: .venv/installed
 	$(BIN)/scalelab sweep --config=$(DEMO) --name=demo --runs=demo --jobs=$(JOBS) --config.train.eval_every=1.0
 	$(BIN)/scalelab report demo/sweeps/demo.json --out=report.html --title="Transformer, xLSTM and Lightning attention at equal compute, on the source of Python's standard library"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import jax
@@ -35,10 +34,3 @@ def gpu_load(ref: Any, layout: Any = None) -> Any:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.load(ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
-
-
-def gpu_refusal(op: str, *arguments: Any) -> str:
-    """Why the Mosaic GPU kernels of an operation do not take the arguments; "" where they do."""
-    if not MOSAIC_GPU:
-        return f"needs JAX {MOSAIC_GPU_SINCE} or later"
-    return importlib.import_module(f"pallas_kernels.{op}.gpu").refusal(*arguments)  # not above: it brings Pallas

@@ -17,13 +17,17 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import importlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 DEVICES = {"mosaic_gpu": "gpu", "cudnn": "gpu", "mosaic_tpu": "tpu", "splash": "tpu"}
 KERNELS = ("auto", "xla", "reference", *DEVICES)  # what `kernels` may be
+MODULES = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}  # of an operation's folder, that hold these forms
 # (operation, form) that was interpreted and compiled, but never ran on a device
-UNMEASURED = {("delta_rule", "mosaic_gpu"), ("gla", "mosaic_gpu")}
+RECURRENCES = ("gated_recurrence", "mlstm", "selective_scan", "slstm")
+UNMEASURED = {("delta_rule", "mosaic_gpu"), ("gla", "mosaic_gpu"), *((op, "mosaic_tpu") for op in RECURRENCES)}
 NOT_MEASURED = "has not been measured on a device yet: name it to use it"
 
 Refusal = Callable[[], str]  # why the form does not take these arguments; "" where it does
@@ -73,6 +77,23 @@ def explain(kernels: str, forms: Mapping[str, Refusal], on: Device | None = None
             return Choice(name, tuple(passed_over))
         passed_over.append((name, reason))
     return Choice("xla", tuple(passed_over))
+
+
+def form(op: str, name: str) -> Any:
+    """The module of an operation's form, imported only here: it brings Pallas, and may need a newer JAX."""
+    return importlib.import_module(f"pallas_kernels.{op}.{MODULES[name]}")
+
+
+def refusals(op: str, *arguments: Any, names: Sequence[str] = tuple(MODULES)) -> dict[str, Refusal]:
+    """An operation's forms, each with what its own `refusal` says of the arguments."""
+
+    def refusal(name: str) -> str:
+        from pallas_kernels import compat  # brings JAX
+
+        lacking = compat.without_mosaic_gpu() if name == "mosaic_gpu" else ""
+        return lacking or form(op, name).refusal(*arguments)
+
+    return {name: functools.partial(refusal, name) for name in names}
 
 
 def choose(op: str, kernels: str, forms: Mapping[str, Refusal], plain_is_fast: bool = False) -> str:

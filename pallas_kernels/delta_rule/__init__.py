@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import compat, dispatch
+from pallas_kernels import dispatch
 from pallas_kernels.delta_rule import reference, xla
 
 
@@ -37,11 +37,9 @@ def delta_rule(
     the inputs and, a head, T (3 dk + dv + Q) numbers and T / Q states in v's dtype, T Q + T / Q dk in float32.
     Source: Yang et al. 2024 (arXiv 2406.06484; gated: 2412.06464).
     """
-    chosen = dispatch.choose("delta_rule", kernels, {"mosaic_gpu": lambda: compat.gpu_refusal("delta_rule", q, v)})
+    chosen = dispatch.choose("delta_rule", kernels, dispatch.refusals("delta_rule", q, v, names=["mosaic_gpu"]))
     if chosen == "mosaic_gpu":
-        from pallas_kernels.delta_rule import gpu
-
-        return gpu.delta_rule(q, k, v, beta, log_decay, state, reset)
+        return dispatch.form("delta_rule", chosen).delta_rule(q, k, v, beta, log_decay, state, reset)
     if chosen == "reference":
         out, final = reference.delta_rule(q, k, v, beta, log_decay, state, reset)
         return out.astype(v.dtype), final

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import compat, dispatch
+from pallas_kernels import dispatch
 from pallas_kernels.gated_recurrence import reference, xla
 
 
@@ -36,25 +34,13 @@ def gated_recurrence(
     On TPUs widths are padded to multiples of 128.
     Source: Dao & Gu 2024 (arXiv 2405.21060); Yang et al. 2023 (arXiv 2312.06635).
     """
-    forms = {
-        "mosaic_gpu": lambda: compat.without_mosaic_gpu() or _form("mosaic_gpu").refusal(q, v),
-        "mosaic_tpu": lambda: _form("mosaic_tpu").refusal(q, v),
-    }
-    chosen = dispatch.choose("gated_recurrence", kernels, forms)
-    if chosen in forms:
-        return _form(chosen).gated_recurrence(q, k, v, log_decay, state, reset)
+    chosen = dispatch.choose("gated_recurrence", kernels, dispatch.refusals("gated_recurrence", q, v))
+    if chosen in dispatch.MODULES:
+        return dispatch.form("gated_recurrence", chosen).gated_recurrence(q, k, v, log_decay, state, reset)
     if chosen == "reference":
         out, final = reference.gated_recurrence(q, k, v, log_decay, state, reset)
         return out.astype(v.dtype), final
     return xla.gated_recurrence(q, k, v, log_decay, state, reset, chunk)
-
-
-def _form(name: str) -> ModuleType:
-    if name == "mosaic_gpu":
-        from pallas_kernels.gated_recurrence import gpu as form  # not above: they bring Pallas
-    else:
-        from pallas_kernels.gated_recurrence import tpu as form
-    return form
 
 
 def step(

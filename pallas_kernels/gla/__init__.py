@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import compat, dispatch
+from pallas_kernels import dispatch
 from pallas_kernels.gla import reference, xla
 
 
@@ -33,11 +33,9 @@ def gla(
     Hopper the inputs and, a head, T (2 dk + dv + Q) numbers and T / Q states in v's dtype, T / Q dk in float32.
     Source: Yang et al. 2023 (arXiv 2312.06635), whose secondary blocks are here those of every size 1, 2, 4 ... Q / 2.
     """
-    chosen = dispatch.choose("gla", kernels, {"mosaic_gpu": lambda: compat.gpu_refusal("gla", q, v)})
+    chosen = dispatch.choose("gla", kernels, dispatch.refusals("gla", q, v, names=["mosaic_gpu"]))
     if chosen == "mosaic_gpu":
-        from pallas_kernels.gla import gpu
-
-        return gpu.gla(q, k, v, log_decay, state, reset)
+        return dispatch.form("gla", chosen).gla(q, k, v, log_decay, state, reset)
     if chosen == "reference":
         out, final = reference.gla(q, k, v, log_decay, state, reset)
         return out.astype(v.dtype), final

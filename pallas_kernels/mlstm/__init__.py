@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import compat, dispatch
+from pallas_kernels import dispatch
 from pallas_kernels.mlstm import reference, xla
 
 
@@ -49,24 +48,12 @@ def mlstm(
     documents) a token, n at every chunk and (T / Q)^2 decays between chunks, a head.
     Source: Beck et al. 2024 (arXiv 2405.04517), Beck et al. 2025 (arXiv 2503.14376).
     """
-    forms = {
-        "mosaic_gpu": lambda: compat.without_mosaic_gpu() or _form("mosaic_gpu").refusal(q, v),
-        "mosaic_tpu": lambda: _form("mosaic_tpu").refusal(q, v),
-    }
-    chosen = dispatch.choose("mlstm", kernels, forms)
+    chosen = dispatch.choose("mlstm", kernels, dispatch.refusals("mlstm", q, v))
     if chosen == "reference":
         h, after = reference.mlstm(q, k, v, i, f, state, reset, eps)
         return h.astype(v.dtype), State(*after)
-    if chosen in forms:
-        h, C, n, m = _form(chosen).mlstm(q, k, v, i, f, state, reset, eps)
+    if chosen in dispatch.MODULES:
+        h, C, n, m = dispatch.form("mlstm", chosen).mlstm(q, k, v, i, f, state, reset, eps)
     else:
         h, C, n, m = xla.mlstm(q, k, v, i, f, state, reset, chunk, eps)
     return h, State(C, n, m)
-
-
-def _form(name: str) -> ModuleType:
-    if name == "mosaic_gpu":
-        from pallas_kernels.mlstm import gpu as form  # not above: they bring Pallas
-    else:
-        from pallas_kernels.mlstm import tpu as form
-    return form

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
@@ -31,22 +29,10 @@ def selective_scan(
     GPUs, 128 on TPUs); the backward pass runs each chunk again, the kernel for GPUs twice. Source: Gu & Dao 2023 (arXiv
     2312.00752).
     """
-    forms = {
-        "mosaic_gpu": lambda: _form("mosaic_gpu").refusal(u, A),
-        "mosaic_tpu": lambda: _form("mosaic_tpu").refusal(u, A),
-    }
-    choice = dispatch.choose("selective_scan", kernels, forms)
+    choice = dispatch.choose("selective_scan", kernels, dispatch.refusals("selective_scan", u, A))
     if choice == "reference":
         out, final = reference.selective_scan(u, dt, A, B, C, state, reset)
         return out.astype(u.dtype), final
-    if choice in forms:
-        return _form(choice).selective_scan(u, dt, A, B, C, state, reset)
+    if choice in dispatch.MODULES:
+        return dispatch.form("selective_scan", choice).selective_scan(u, dt, A, B, C, state, reset)
     return xla.selective_scan(u, dt, A, B, C, state, reset, chunk)
-
-
-def _form(name: str) -> ModuleType:
-    if name == "mosaic_gpu":
-        from pallas_kernels.selective_scan import gpu as form  # not above: it needs a JAX with Mosaic GPU
-    else:
-        from pallas_kernels.selective_scan import tpu as form
-    return form

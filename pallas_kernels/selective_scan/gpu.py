@@ -39,8 +39,6 @@ LARGEST_STATE = 32
 
 def refusal(u: Array, A: Array) -> str:
     """Why the kernels do not take these arguments; "" where they do."""
-    if reason := compat.without_mosaic_gpu():
-        return reason
     if u.dtype not in (jnp.bfloat16, F32):
         return f"takes bfloat16 and float32, not {u.dtype}"
     return "" if A.shape[1] <= LARGEST_STATE else f"takes at most {LARGEST_STATE} states a channel, not {A.shape[1]}"

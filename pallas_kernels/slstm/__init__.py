@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
@@ -43,19 +42,7 @@ def slstm(
     unit and token; the kernels for TPUs pad d to a multiple of 128. Source: Beck et al. 2024 (arXiv 2405.04517); state
     and R on the chip for all tokens: Poeppel et al. 2024 (arXiv 2412.07752).
     """
-    forms = {
-        "mosaic_gpu": lambda: _form("mosaic_gpu").refusal(gates),
-        "mosaic_tpu": lambda: _form("mosaic_tpu").refusal(gates),
-    }
-    choice = dispatch.choose("slstm", kernels, forms)
-    run = {"reference": reference.slstm, "xla": xla.slstm}.get(choice) or _form(choice).slstm
+    choice = dispatch.choose("slstm", kernels, dispatch.refusals("slstm", gates))
+    run = {"reference": reference.slstm, "xla": xla.slstm}.get(choice) or dispatch.form("slstm", choice).slstm
     h, after = run(gates, recurrent, state, reset)
     return h, State(*after)
-
-
-def _form(name: str) -> ModuleType:
-    if name == "mosaic_gpu":
-        from pallas_kernels.slstm import gpu as form  # not above: it needs a JAX with Mosaic GPU
-    else:
-        from pallas_kernels.slstm import tpu as form
-    return form

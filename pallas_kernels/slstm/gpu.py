@@ -6,7 +6,6 @@ from functools import partial
 
 from jaxtyping import Array
 
-from pallas_kernels import compat
 from pallas_kernels.slstm import recurrence
 from pallas_kernels.slstm.kernels import ROWS, backward, forward
 
@@ -17,7 +16,5 @@ slstm = partial(recurrence.slstm, FORM)
 
 def refusal(gates: Array) -> str:
     """Why the kernels do not take these arguments; "" where they do."""
-    if reason := compat.without_mosaic_gpu():
-        return reason
     d = gates.shape[-1]
     return "" if d in WIDTHS else f"takes heads of width {', '.join(map(str, WIDTHS))}, not {d}"

@@ -8,6 +8,13 @@ import numpy as np
 
 from pallas_kernels import dispatch
 
+GATES = {"mild": (-0.3, 0.0), "closed": (-60.0, -20.0), "open": (-1e-6, 0.0), "mixed": (-40.0, 0.0)}  # log decays
+
+
+def cotangents_of(v, state, rng):
+    """Of outputs like v, and of the state after them."""
+    return tuple(jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in (v, state))
+
 
 def compiled(f, kernels):
     """Of TPUs' kernels a program takes less time to interpret than its operations one by one. The interpreter of GPUs'
@@ -27,6 +34,32 @@ def values_and_gradients(f, arrays, cotangents, kernels):
 
 def distance(a, b):
     return float(jnp.linalg.norm(a.astype(jnp.float32) - b))
+
+
+def errors(op, definition, kernels, arrays, cotangents):
+    """||got - want|| / ||want|| of the outputs, which are like the cotangents, and of all gradients, the definition's
+    in float32."""
+    with dispatch.interpreted():
+        got = values_and_gradients(partial(op, kernels=kernels), arrays, cotangents, kernels)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), (tuple(arrays), cotangents))
+    want = values_and_gradients(definition, *exact, "reference")
+    for a, like in zip(got, (*cotangents, *arrays), strict=True):
+        assert (a.shape, a.dtype) == (like.shape, like.dtype)
+    return [distance(a, b) / max(float(jnp.linalg.norm(b)), 1e-4) for a, b in zip(got, want, strict=True)]
+
+
+def cuda_calls(run, args):
+    """How many Mosaic GPU kernels are in (out, final) = run(*args) for CUDA; and in its gradient under remat."""
+
+    def loss(*a):
+        out, final = run(*a)
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(final)
+
+    def count(f):
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu")
+
+    real = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
+    return count(loss), count(jax.grad(jax.checkpoint(loss), argnums=real))
 
 
 def a_population_equals_its_members(op, kernels, members, shared, tolerance):

@@ -1,5 +1,7 @@
 """The Mosaic GPU form, interpreted, against the delta rule as it is written; and that it lowers for CUDA."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.delta_rule import delta_rule, reference
-from tests.pallas_kernels.checks import GATES, cotangents_of, custom_calls, errors, population_equals_members
+from tests.pallas_kernels import kernel_checks as checks
+from tests.pallas_kernels.kernel_checks import GATES, cotangents_of
 
 if not compat.MOSAIC_GPU:
     pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}", allow_module_level=True)
@@ -31,10 +34,10 @@ def inputs(T, B=1, G=1, H=1, dk=64, dv=64, gates="mild", highest=1.0, seed=0):
     return (q, k, v, beta, *g, state), cotangents_of(v, state, rng), reset
 
 
-def of(f, reset=None, **options):
+def of(f, reset=None):
     """`f` of arrays as `inputs` has them."""
 
-    def run(q, k, v, beta, *rest):
+    def run(q, k, v, beta, *rest, **options):
         *g, state = rest
         return f(q, k, v, beta, g[0] if g else None, state, reset, **options)
 
@@ -54,9 +57,8 @@ def of(f, reset=None, **options):
 def test_equals_the_reference_in_values_and_all_gradients(shape, gates, highest, documents):
     arrays, cotangents, reset = inputs(**shape, gates=gates, highest=highest)
     reset = reset if documents else None
-    found = errors(
-        of(delta_rule, reset, kernels="mosaic_gpu"), of(reference.delta_rule, reset), arrays, cotangents
-    )  # fmt: skip
+    run, definition = of(delta_rule, reset), of(reference.delta_rule, reset)
+    found = checks.errors(run, definition, "mosaic_gpu", arrays, cotangents)
     assert max(found[:2]) <= 4e-3
     assert max(found[2:]) <= 6e-3
 
@@ -64,7 +66,7 @@ def test_equals_the_reference_in_values_and_all_gradients(shape, gates, highest,
 def test_a_population_equals_its_members():
     """Some inputs may be the same for all members."""
     members = [inputs(8, seed=s)[:2] for s in (1, 2)]
-    population_equals_members(of(delta_rule, kernels="mosaic_gpu"), members, shared=(1, 5))
+    checks.a_population_equals_its_members(of(delta_rule), "mosaic_gpu", members, (1, 5), 1e-5)
 
 
 @pytest.mark.parametrize(("G", "H", "dk", "dv", "documents"), [(16, 16, 128, 128, True), (4, 8, 192, 256, False)])
@@ -74,14 +76,14 @@ def test_lowers_for_cuda_at_training_shapes(G, H, dk, dv, documents):
     args = [*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)]
     args += [jax.ShapeDtypeStruct((B, T, H), jnp.float32)] * 2
     args += [jax.ShapeDtypeStruct((B, T), bool)] if documents else []
-    forward, both = custom_calls(lambda *a: delta_rule(*a[:5], None, *a[5:], kernels="mosaic_gpu"), args)
+    forward, both = checks.cuda_calls(lambda *a: delta_rule(*a[:5], None, *a[5:], kernels="mosaic_gpu"), args)
     assert forward == 1
     assert both >= 2
 
 
 def test_refuses_by_name_what_it_does_not_take():
     (q, k, v, beta, g, state), _, _ = inputs(8)
-    run = of(delta_rule, kernels="mosaic_gpu")
+    run = partial(of(delta_rule), kernels="mosaic_gpu")
     with pytest.raises(dispatch.Unsupported, match="takes bfloat16 values, not float32"):
         run(q, k, v.astype(jnp.float32), beta, g, state)
     with pytest.raises(dispatch.Unsupported, match="takes keys of a width up to 192, not 256"):

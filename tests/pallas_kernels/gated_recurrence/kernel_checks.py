@@ -19,8 +19,7 @@ def inputs(T, B=1, G=1, H=1, dk=64, dv=64, gates="mild", dtype=jnp.bfloat16, see
     def normal(*shape, dtype=dtype):
         return jnp.asarray(rng.normal(size=shape), dtype)
 
-    low, high = {"mild": (-0.3, 0.0), "closed": (-60.0, -20.0), "open": (-1e-6, 0.0), "mixed": (-40.0, 0.0)}[gates]
-    g = jnp.float32(rng.uniform(low, high, size=(B, T, H)))
+    g = jnp.float32(rng.uniform(*common.GATES[gates], size=(B, T, H)))
     state = normal(B, H, dk, dv, dtype=jnp.float32)
     arrays = normal(B, T, G, dk) * dk**-0.5, normal(B, T, G, dk) * dk**-0.5, normal(B, T, H, dv), g, state
     cotangents = normal(B, T, H, dv), normal(B, H, dk, dv, dtype=jnp.float32)

@@ -9,7 +9,8 @@ import pytest
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.gla import gla, reference
-from tests.pallas_kernels.checks import GATES, cotangents_of, custom_calls, errors, population_equals_members
+from tests.pallas_kernels import kernel_checks as checks
+from tests.pallas_kernels.kernel_checks import GATES, cotangents_of
 
 if not compat.MOSAIC_GPU:
     pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}", allow_module_level=True)
@@ -42,8 +43,8 @@ def inputs(T, B=1, H=1, dk=64, dv=64, gates="mild", seed=0):
 def test_equals_the_reference_in_values_and_all_gradients(shape, gates, documents):
     arrays, cotangents, reset = inputs(**shape, gates=gates)
     reset = reset if documents else None
-    kernel, definition = partial(gla, reset=reset, kernels="mosaic_gpu"), partial(reference.gla, reset=reset)
-    found = errors(kernel, definition, arrays, cotangents)
+    run, definition = (partial(f, reset=reset) for f in (gla, reference.gla))
+    found = checks.errors(run, definition, "mosaic_gpu", arrays, cotangents)
     assert max(found[:2]) <= 4e-3
     assert max(found[2:]) <= 6e-3
 
@@ -51,14 +52,14 @@ def test_equals_the_reference_in_values_and_all_gradients(shape, gates, document
 def test_channels_that_close_beside_channels_that_stay_open():
     (q, k, v, g, state), cotangents, _ = inputs(70)
     g = jnp.zeros_like(g).at[..., ::2].set(-100.0)
-    found = errors(partial(gla, kernels="mosaic_gpu"), reference.gla, (q, k, v, g, state), cotangents)
+    found = checks.errors(gla, reference.gla, "mosaic_gpu", (q, k, v, g, state), cotangents)
     assert max(found) <= 6e-3
 
 
 def test_a_population_equals_its_members():
     """Some inputs may be the same for all members."""
     members = [inputs(8, seed=s)[:2] for s in (1, 2)]
-    population_equals_members(partial(gla, kernels="mosaic_gpu"), members, shared=(0, 4))
+    checks.a_population_equals_its_members(gla, "mosaic_gpu", members, (0, 4), 1e-5)
 
 
 @pytest.mark.parametrize(("H", "dk", "dv", "documents"), [(16, 128, 128, True), (4, 256, 512, False)])
@@ -67,7 +68,7 @@ def test_lowers_for_cuda_at_training_shapes(H, dk, dv, documents):
     args = [jax.ShapeDtypeStruct((B, T, H, d), jnp.bfloat16) for d in (dk, dk, dv)]
     args += [jax.ShapeDtypeStruct((B, T, H, dk), jnp.float32)]
     args += [jax.ShapeDtypeStruct((B, T), bool)] if documents else []
-    forward, both = custom_calls(lambda *a: gla(*a[:4], None, *a[4:], kernels="mosaic_gpu"), args)
+    forward, both = checks.cuda_calls(lambda *a: gla(*a[:4], None, *a[4:], kernels="mosaic_gpu"), args)
     assert forward == 1
     assert both >= 2
 
