@@ -47,9 +47,11 @@ def test_refuses_by_name_what_it_does_not_take():
         jax.eval_shape(lambda *a: gated_recurrence(*a, g, kernels="mosaic_tpu"), *wide)
 
 
-def test_is_the_choice_on_a_tpu(monkeypatch):
+def test_on_a_tpu_it_waits_for_its_first_measurement(monkeypatch):
     (q, k, v, g, _), _, _ = checks.inputs(8)
     monkeypatch.setattr(dispatch, "device", lambda: dispatch.Device("tpu", "TPU v5e"))
-    with dispatch.listening() as heard:
-        jax.eval_shape(gated_recurrence, q, k, v, g)
-    assert [(op, choice.implementation) for op, choice in heard] == [("gated_recurrence", "mosaic_tpu")]
+    for unmeasured, chosen in ((dispatch.UNMEASURED, "xla"), (set(), "mosaic_tpu")):
+        monkeypatch.setattr(dispatch, "UNMEASURED", unmeasured)
+        with dispatch.listening() as heard:
+            jax.eval_shape(gated_recurrence, q, k, v, g)
+        assert [(op, choice.implementation) for op, choice in heard] == [("gated_recurrence", chosen)]
