@@ -8,8 +8,13 @@ from scalelab.config import base, finish
 from scalelab.errors import BadInput
 from tests.helpers import TINY, arguments, environment, scalelab, small_corpus
 
+FAST = ("transformer", "xlstm")
 
-@pytest.mark.parametrize("family", ["transformer", "mamba2", "mamba", "xlstm", "deltanet", "gla", "moe"])
+
+@pytest.mark.parametrize(
+    "family",
+    [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in ("mamba2", "mamba", "deltanet", "gla", "moe"))],
+)
 def test_the_definitions_train_as_the_plain_forms(family):
     losses = {}
     for kernels in ("xla", "reference"):

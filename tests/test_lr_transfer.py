@@ -21,7 +21,12 @@ def test_the_best_learning_rate_of_planted_parabolas():
     assert low < -6.3 < high
     assert low < vertex < high < low + 3
     assert module["optimum"](2**x, np.exp(x)) is None
-    rows = [{"family": "f", "parametrization": kind, "width": width, "lr": 2**v, "loss": y}
+    three = [
+        np.concatenate(parts)
+        for parts in zip(*((2**x, loss * (1 + 0.1 * s), 0 * x + s) for s in range(3)), strict=True)
+    ]
+    assert module["optimum"](*three) == pytest.approx((-6.3,) * 3, abs=1e-5)  # a seed's own height is no scatter
+    rows = [{"family": "f", "parametrization": kind, "width": width, "lr": 2**v, "loss": y, "seed": 0}
             for kind, width in (("standard", 32), ("standard", 64), ("mup", 64))
             for v, y in zip(x, loss, strict=True)]  # fmt: skip
     found = module["optima"](pd.DataFrame(rows))

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers import with_devices
 
 CHECK = """
@@ -64,6 +66,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_models_told_of_their_mesh_have_the_same_gradients():
     command = [sys.executable, "-c", MODEL]
     done = subprocess.run(command, env=with_devices(8), capture_output=True, text=True, timeout=300)
