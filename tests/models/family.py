@@ -74,6 +74,7 @@ FAMILY = {
     "moe": section(**MOE),
     "moe_ling": section(**MOE | LING, prefix=(("attention", "mlp"),), layers=3, moe__groups=3, moe__top_groups=2),
     "moe_capacity": section(**MOE, moe__capacity=1.0, moe__lbl_scope="sequence", moe__normalise=False),
+    "moe_parscale": section(**MOE, parscale__streams=2, parscale__prefix=2, moe__lbl_scope="sequence"),
     "xlstm": section(blocks=(("mlstm", "mlp"),), mlstm__heads=2, mlstm__chunk=4, tied_embeddings=False, logit_cap=30.0),
     "xlstm_paper": section(
         blocks=(("mlstm_up", "none"), SLSTM),

@@ -11,7 +11,7 @@ from scalelab import flops, models
 from scalelab.parametrization import ROLES
 
 # What others hold together is left out of the fast tests.
-COMPOSED = ("xlstm_paper", "moe_capacity", "gla_conv", "delta_hybrid", "lightning_hybrid")
+COMPOSED = ("xlstm_paper", "moe_capacity", "moe_parscale", "gla_conv", "delta_hybrid", "lightning_hybrid")
 NAMES = {name: pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED else name for name in FAMILY}
 each = pytest.mark.parametrize("name", NAMES.values())
 
