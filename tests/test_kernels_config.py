@@ -42,3 +42,23 @@ def test_what_cannot_be_is_one_line(tmp_path):
     assert done.returncode == 2
     assert "config.kernels = 'triton': must be one of auto, xla, reference" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+RECURRENT = {
+    "mamba": {},
+    "mamba2": {},
+    "lightning": {},
+    "xlstm": {"model.blocks": (("mlstm", "mlp"), ("slstm", "mlp"))},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_training_step_lowers_for_a_tpu_with_its_kernels(family):
+    """Scanned layers, rematerialised, optimizer and all; forward and backward."""
+    shape = recipe.shape(family, 256) | RECURRENT[family]
+    changes = {"kernels": "mosaic_tpu", "model.layers": 4, "data.seq_len": 256, "model.remat": "full"}
+    trainer = train.Trainer(conf := finish(base(), shape | changes), corpus := data.open(base().data))
+    rows = corpus.batches(0)[0][: conf.data.batch_size, :257]
+    text = trainer.step.trace(trainer.abstract, rows, np.float32(1e-2)).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= (4 if family == "xlstm" else 2)
