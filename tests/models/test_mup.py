@@ -196,7 +196,7 @@ def test_activations_are_those_of_the_pass_and_in_order():
     shorter = override(config, {"layers": 3, "suffix": ()})
     params = params | {"period": jax.tree.map(lambda a: a[:1], params["period"]), "suffix": {}}
     first = models.merge(models.abstract(shorter)[0], params).activations(tokens)["blocks"]
-    np.testing.assert_allclose(first, seen["blocks"][:3], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(first, seen["blocks"][:3], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
