@@ -52,8 +52,8 @@ def _forward(activation: Any, *arguments: Array) -> tuple[Array, tuple[Array, ..
 
 
 def _backward(activation: Any, kept: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
-    """Written out, since what XLA makes of the derived one took a third longer: through the activation once, then to
-    every tap."""
+    """Through the activation once, then to every tap: with the derived one a small Mamba-2's whole step took a quarter
+    longer on CPUs."""
     padded, taps, bias, seen = kept
     K, _, T, _ = seen.shape
     _, pull = jax.vjp(lambda y: activation(y.astype(padded.dtype)), _sums(padded, taps, bias, seen))

@@ -26,7 +26,7 @@ def inputs(T, B=1, G=1, H=1, dk=64, dv=64, gates="mild", dtype=jnp.bfloat16, see
     return arrays, cotangents, jnp.asarray(rng.random((B, T)) < 0.05).at[:, T // 2].set(True)
 
 
-def equals_the_reference(kernels, shape, gates, documents, rough=5e-3):
+def equals_the_reference(kernels, shape, gates, documents, rough=5e-3, floor=1e-6):
     arrays, cotangents, reset = inputs(**shape, gates=gates)
     reset = reset if documents else None
     f = partial(gated_recurrence, reset=reset)
@@ -36,8 +36,7 @@ def equals_the_reference(kernels, shape, gates, documents, rough=5e-3):
     want = values_and_gradients(partial(f, kernels="reference"), arrays32, cotangents, "reference")
     for a, b, like in zip(got, want, (arrays[2], arrays[4], *arrays), strict=True):
         assert (a.shape, a.dtype) == (like.shape, like.dtype)
-        # decays' gradients are sums of what mostly cancels where gates are closed
-        assert distance(a, b) <= rough * float(jnp.linalg.norm(b)) + 3e-6
+        assert distance(a, b) <= rough * float(jnp.linalg.norm(b)) + floor
 
 
 def a_population_equals_its_members(kernels, shared):

@@ -20,7 +20,8 @@ from tests.pallas_kernels.gated_recurrence import kernel_checks as checks
 )
 def test_equals_the_reference_in_values_and_all_gradients(shape, gates, documents):
     rough = 5e-3 if "dtype" in shape else 1e-4 if gates == "mixed" else 1e-5  # sums of many decades
-    checks.equals_the_reference("mosaic_tpu", {"dtype": jnp.float32} | shape, gates, documents, rough)
+    # decays' gradients are sums of what mostly cancels where gates are closed
+    checks.equals_the_reference("mosaic_tpu", {"dtype": jnp.float32} | shape, gates, documents, rough, floor=3e-6)
 
 
 @pytest.mark.parametrize("shared", [(0, 3), (2, 4)])
