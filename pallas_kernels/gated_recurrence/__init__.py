@@ -31,7 +31,7 @@ def gated_recurrence(
     Memory between the passes: the inputs; the backward pass works the chunks out again. Its temporaries are, plain:
     scores and decays of all chunks, T Q (G + H) numbers a row, and T / Q states; by the kernels, where Q is 64 on
     Hopper and 128 on TPUs: T / Q states and, where groups are fewer than heads, the gradients of q and k head by head.
-    On TPUs widths are padded to multiples of 128.
+    The kernels pad widths to multiples of 64 on Hopper, of 128 on TPUs.
     Source: Dao & Gu 2024 (arXiv 2405.21060); Yang et al. 2023 (arXiv 2312.06635).
     """
     chosen = dispatch.choose("gated_recurrence", kernels, dispatch.refusals("gated_recurrence", q, v))

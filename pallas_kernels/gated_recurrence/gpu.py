@@ -19,9 +19,7 @@ gated_recurrence = partial(sweeps.gated_recurrence, FORM)
 
 def refusal(q: Array, v: Array) -> str:
     """Why the kernels do not take these arguments; "" where they do."""
-    dk, dv = q.shape[-1], v.shape[-1]
+    dk = q.shape[-1]
     if v.dtype != jnp.bfloat16:
         return f"takes bfloat16 values, not {v.dtype}"
-    if dk % L or dk > WIDEST:
-        return f"takes keys of a width of {L}, {2 * L}, {3 * L} or {WIDEST}, not {dk}"
-    return f"takes values of a width that is a multiple of {L}, not {dv}" if dv % L else ""
+    return f"takes keys of a width up to {WIDEST}, not {dk}" if dk > WIDEST else ""

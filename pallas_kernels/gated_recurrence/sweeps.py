@@ -49,7 +49,7 @@ class Form(NamedTuple):
     """A device's walk."""
 
     walk: Callable[..., dict[str, Array]]
-    L: int  # tokens of a chunk
+    L: int  # tokens of a chunk, of which the widths of heads are multiples too
     unit: int  # the walk takes a multiple of so many tokens
     widest: Callable[[int], int]  # values of a head worked on at once in the backward pass, of so many
 
@@ -66,11 +66,12 @@ def gated_recurrence(
 ) -> tuple[Array, Array]:
     (B, T, H, dv), dk = v.shape, q.shape[-1]
     state = jnp.zeros((B, H, dk, dv), F32) if state is None else state.astype(F32)
-    q, k, v = (padded(a.astype(v.dtype), form.unit) for a in (q, k, v))
+    q, k, v = (widened(padded(a.astype(v.dtype), form.unit), form.L) for a in (q, k, v))
     reset = None if reset is None else padded(reset, form.unit)
-    swept: Any = _recurrence(form, q, k, v, padded(log_decay.astype(F32), form.unit), state, reset)
+    log_decay = padded(log_decay.astype(F32), form.unit)
+    swept: Any = _recurrence(form, q, k, v, log_decay, widened(state, form.L, axes=2), reset)
     out, final = swept
-    return out[:, :T], final
+    return out[:, :T, :, :dv], final[:, :, :dk, :dv]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -136,6 +137,12 @@ def padded(a: Array, unit: int, fill: float = 0.0) -> Array:
     """Tokens to a multiple."""
     short = -a.shape[1] % unit
     return jnp.pad(a, ((0, 0), (0, short), *((0, 0),) * (a.ndim - 2)), constant_values=fill) if short else a
+
+
+def widened(a: Array, unit: int, axes: int = 1) -> Array:
+    """The last axes to multiples; zeros in keys and values add nothing."""
+    wider = [(0, -n % unit if i >= a.ndim - axes else 0) for i, n in enumerate(a.shape)]
+    return jnp.pad(a, wider) if any(more for _, more in wider) else a
 
 
 def chunked(a: Array, L: int) -> Array:

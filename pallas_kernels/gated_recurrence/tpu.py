@@ -58,14 +58,9 @@ def walk(
     share: Float[Array, "B H C V"] | None = None,
     eps: float = 0.0,
 ) -> dict[str, Array]:
-    """As `sweeps` says, with N = 1; cross has a number for each value. Widths are padded to whole lanes."""
+    """As `sweeps` says, with N = 1; cross has a number for each value."""
     (B, T, _, V), (H, K) = v.shape, state.shape[1:3]
     C = T // L
-
-    def lanes(a: Array, axes: int = 1) -> Array:
-        """Its last axes padded."""
-        short = ((0, 0),) * (a.ndim - axes) + tuple((0, -n % L) for n in a.shape[-axes:])
-        return jnp.pad(a, short) if any(n for _, n in short) else a
 
     def at(c: Any) -> Any:
         return C - 1 - c if reverse else c
@@ -86,26 +81,23 @@ def walk(
     inputs, specs = {}, {}
     for name, a in {"q": q, "k": k, "v": v, "weigh": weigh}.items():
         if a is not None:
-            wide = lanes(a)
-            specs[name] = tokens(*wide.shape[2:])
-            inputs[name] = wide.reshape(B, T, -1)
+            specs[name] = tokens(*a.shape[2:])
+            inputs[name] = a.reshape(B, T, -1)
     inputs["gates"] = jnp.stack(list(gates.values()), axis=2)
     specs["gates"] = rows(*inputs["gates"].shape[1:3])
-    inputs["state"] = lanes(state, 2)
-    wide = inputs["state"].shape[2:]
-    specs["state"] = of_head(*wide)
+    inputs["state"], specs["state"] = state, of_head(K, V)
     if against is not None:
-        inputs["against"], specs["against"] = against, of_chunk(*wide)
+        inputs["against"], specs["against"] = against, of_chunk(K, V)
     if share is not None:
-        inputs["share"], specs["share"] = lanes(share)[:, :, :, None], of_chunk(1, wide[1])
+        inputs["share"], specs["share"] = share[:, :, :, None], of_chunk(1, V)
 
-    outputs = {"out": ((B, T, H * wide[1]), v.dtype, tokens(H, wide[1])), "final": ((B, H, *wide), F32, of_head(*wide))}
+    outputs = {"out": ((B, T, H * V), v.dtype, tokens(H, V)), "final": ((B, H, K, V), F32, of_head(K, V))}
     if weigh is not None:
         outputs["sums"] = (B, H, 2, T), F32, rows(H, 2)
     if keep:
-        outputs["states"] = (B, H, C, *wide), v.dtype, of_chunk(*wide)
+        outputs["states"] = (B, H, C, K, V), v.dtype, of_chunk(K, V)
     if against is not None:
-        outputs["cross"] = (B, H, C, 1, wide[1]), F32, of_chunk(1, wide[1])
+        outputs["cross"] = (B, H, C, 1, V), F32, of_chunk(1, V)
     if "bound" in gates:
         outputs["norm"] = (B, H, 1, T), F32, rows(H, 1)
 
@@ -115,14 +107,13 @@ def walk(
         in_specs=list(specs.values()),
         out_specs=[spec for *_, spec in outputs.values()],
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
-        scratch_shapes=[pltpu.VMEM(wide, F32)],
+        scratch_shapes=[pltpu.VMEM((K, V), F32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=compat.tpu_interpreter() if dispatch.interpret() else False,
         name="gated_recurrence",
     )(*inputs.values())
     found = dict(zip(outputs, found, strict=True))
-    found["out"] = found["out"].reshape(B, T, H, -1)[..., :V]
-    found["final"] = found["final"][:, :, :K, :V]
+    found["out"] = found["out"].reshape(B, T, H, V)
     if weigh is not None:
         found["sums"] = found["sums"][:, :, None]
     if against is not None:

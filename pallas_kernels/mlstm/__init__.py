@@ -43,7 +43,7 @@ def mlstm(
     and accumulate in float32. m is a constant to the backward pass, h being independent of it but for eps.
     FLOPs per token and head, c = (Q + 1) / 2: 2 (dk + dv) c + 4 dk dv + 2 dk dv / Q + 4 dk; the plain form runs the
     full square, Q in place of c, and pads T to whole chunks, as do the kernels, where Q is 64 on Hopper and 128 on
-    TPUs, which pad widths to multiples of 128 too.
+    TPUs, and which pad widths to multiples of Q too.
     Memory between the passes, by the kernels: the inputs, h, the states given, and in float32 7 numbers (9 with
     documents) a token, n at every chunk and (T / Q)^2 decays between chunks, a head.
     Source: Beck et al. 2024 (arXiv 2405.04517), Beck et al. 2025 (arXiv 2503.14376).

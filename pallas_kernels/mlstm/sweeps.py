@@ -19,7 +19,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from pallas_kernels.gated_recurrence import sweeps
-from pallas_kernels.gated_recurrence.sweeps import F32, Form, chunked, padded
+from pallas_kernels.gated_recurrence.sweeps import F32, Form, chunked, padded, widened
 from pallas_kernels.mlstm.xla import EMPTY
 
 LOG2E = math.log2(math.e)
@@ -32,25 +32,27 @@ def mlstm(
     if state is None:
         state = (jnp.zeros((B, H, dk, dv), F32), jnp.zeros((B, H, dk), F32), jnp.full((B, H), EMPTY, F32))
 
-    q, k, v = (padded(a.astype(v.dtype), form.L) for a in (q, k, v))
+    q, k, v = (widened(padded(a.astype(v.dtype), form.L), form.L) for a in (q, k, v))
     # a token of padding neither decays the state nor adds to it
     i, log_f = padded(i.astype(F32), form.L, EMPTY), padded(jax.nn.log_sigmoid(f.astype(F32)), form.L)
     reset = None if reset is None else padded(reset, form.L)
-    results: Any = _run(form, eps, q, k, v, i, log_f, *(a.astype(F32) for a in state), reset)
+    C, n, m = (a.astype(F32) for a in state)
+    C, n = widened(C, form.L, axes=2), widened(n, form.L)
+    results: Any = _run(form, eps, dk, q, k, v, i, log_f, C, n, m, reset)
     h, C, n, m = results
-    return h[:, :T], C, n, m
+    return h[:, :T, :, :dv], C[:, :, :dk, :dv], n[..., :dk], m
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(form: Form, eps: float, *arguments: Any) -> Any:
-    return _forward(form, eps, *arguments)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _run(form: Form, eps: float, dk: int, *arguments: Any) -> Any:
+    return _forward(form, eps, dk, *arguments)[0]
 
 
 def _forward(
-    form: Form, eps: float, q: Array, k: Array, v: Array, i: Array, log_f: Array, C: Array, n: Array, m: Array,
+    form: Form, eps: float, dk: int, q: Array, k: Array, v: Array, i: Array, log_f: Array, C: Array, n: Array, m: Array,
     reset: Any,
 ) -> Any:  # fmt: skip
-    gates, between, m_t, last_m = _gates(i, log_f, m, reset, q.shape[-1], form.L)
+    gates, between, m_t, last_m = _gates(i, log_f, m, reset, dk, form.L)
     added = _over_tokens(gates["left"], k, between.shape[-1] - 1)
     n_all = _product("bhcj,bhjk->bhck", between, jnp.concatenate([n[:, :, None], added], axis=2))
     starts = n_all[:, :, :-1]
@@ -62,7 +64,7 @@ def _forward(
     return (h, swept["final"], n_all[:, :, -1], last_m), kept
 
 
-def _backward(form: Form, eps: float, kept: Any, cotangents: Any) -> Any:
+def _backward(form: Form, eps: float, dk: int, kept: Any, cotangents: Any) -> Any:
     q, k, v, h, gates, starts, between, norm, bound, C, n = kept
     d_h, d_C, d_n, _ = cotangents
     divisor = jnp.maximum(jnp.abs(norm), bound) + eps

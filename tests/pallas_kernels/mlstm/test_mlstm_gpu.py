@@ -18,6 +18,7 @@ if not compat.MOSAIC_GPU:
         ({"T": 1, "dv": 192}, "mild", False),  # one token; values in pieces
         ({"T": 20, "dk": 128}, "start", True),
         ({"T": 66}, "extreme", False),
+        ({"T": 9, "dk": 24, "dv": 40}, "mild", True),  # widths are padded
     ],
 )
 def test_equals_the_reference_in_values_and_all_gradients(shape, gates, documents):
@@ -37,5 +38,5 @@ def test_refuses_by_name_what_it_does_not_take():
     (q, k, v, i, f), *_ = checks.inputs(8)
     with pytest.raises(dispatch.Unsupported, match="takes bfloat16 values, not float32"):
         mlstm(q, k, v.astype(jnp.float32), i, f, kernels="mosaic_gpu")
-    with pytest.raises(dispatch.Unsupported, match="takes keys of a width of 64, 128, 192 or 256, not 32"):
-        mlstm(q[..., :32], k[..., :32], v, i, f, kernels="mosaic_gpu")
+    with pytest.raises(dispatch.Unsupported, match="takes keys of a width up to 256, not 320"):
+        mlstm(*(jnp.tile(a, 5) for a in (q, k)), v, i, f, kernels="mosaic_gpu")
