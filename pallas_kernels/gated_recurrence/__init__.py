@@ -15,14 +15,16 @@ def gated_recurrence(
     log_decay: Float[Array, "B T H"],
     state: Float[Array, "B H dk dv"] | None = None,
     reset: Bool[Array, "B T"] | None = None,
+    weight: Float[Array, "B T H"] | None = None,
     *,
     chunk: int = 64,
     kernels: str = "auto",
 ) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
-    """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t, per head; returns (o in v's dtype, S_T in float32).
+    """S_t = exp(g_t) S_{t-1} + w_t k_t v_t^T, o_t = S_t^T q_t, per head; returns (o in v's dtype, S_T in float32).
 
-    g = `log_decay` <= 0, float32. Head h reads group floor(h G / H) of q and k; G divides H. `state` is S_0 (zero if
-    none). Where `reset` is true S_{t-1} counts as zero: the first token of a document.
+    g = `log_decay` <= 0 and w = `weight` > 0 (1 if none) are float32. Head h reads group floor(h G / H) of q and k; G
+    divides H. `state` is S_0 (zero if none). Where `reset` is true S_{t-1} counts as zero: the first token of a
+    document.
 
     Precision: g, its sums and exponentials, and the states are float32; products take their operands in v's dtype and
     accumulate in float32. Only exponentials of non-positive numbers are formed.
@@ -35,11 +37,13 @@ def gated_recurrence(
     Source: Dao & Gu 2024 (arXiv 2405.21060); Yang et al. 2023 (arXiv 2312.06635).
     """
     chosen = dispatch.choose("gated_recurrence", kernels, dispatch.refusals("gated_recurrence", q, v))
-    if chosen in dispatch.MODULES:
-        return dispatch.form("gated_recurrence", chosen).gated_recurrence(q, k, v, log_decay, state, reset)
+    if chosen in dispatch.MODULES:  # these have the weight among the decays, and never write weighted values
+        return dispatch.form("gated_recurrence", chosen).gated_recurrence(q, k, v, log_decay, state, reset, weight)
     if chosen == "reference":
-        out, final = reference.gated_recurrence(q, k, v, log_decay, state, reset)
+        out, final = reference.gated_recurrence(q, k, v, log_decay, state, reset, weight)
         return out.astype(v.dtype), final
+    if weight is not None:
+        v = (weight[..., None] * v).astype(v.dtype)
     return xla.gated_recurrence(q, k, v, log_decay, state, reset, chunk)
 
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 
-def gated_recurrence(q, k, v, log_decay, state=None, reset=None):
+def gated_recurrence(q, k, v, log_decay, state=None, reset=None, weight=None):
     """As `gated_recurrence`; all float32."""
     (B, T, H, dv), dk = v.shape, k.shape[-1]
     q, k = (jnp.repeat(a.astype(jnp.float32), H // a.shape[2], axis=2) for a in (q, k))
-    v = v.astype(jnp.float32)
+    v = v.astype(jnp.float32) if weight is None else v.astype(jnp.float32) * weight[..., None]
     state = jnp.zeros((B, H, dk, dv), jnp.float32) if state is None else state.astype(jnp.float32)
     reset = jnp.zeros((B, T), bool) if reset is None else reset
 

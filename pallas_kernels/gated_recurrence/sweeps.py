@@ -42,6 +42,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import population
 
 F32 = jnp.float32
+LEAST = 1e-30  # weight that counts as none
 Gates = dict[str, Float[Array, "B Hg C*L"]]
 
 
@@ -62,14 +63,17 @@ class Form(NamedTuple):
 
 
 def gated_recurrence(
-    form: Form, q: Array, k: Array, v: Array, log_decay: Array, state: Array | None, reset: Array | None
-) -> tuple[Array, Array]:
+    form: Form, q: Array, k: Array, v: Array, log_decay: Array, state: Array | None, reset: Array | None,
+    weight: Array | None,
+) -> tuple[Array, Array]:  # fmt: skip
     (B, T, H, dv), dk = v.shape, q.shape[-1]
     state = jnp.zeros((B, H, dk, dv), F32) if state is None else state.astype(F32)
     q, k, v = (widened(padded(a.astype(v.dtype), form.unit), form.L) for a in (q, k, v))
     reset = None if reset is None else padded(reset, form.unit)
     log_decay = padded(log_decay.astype(F32), form.unit)
-    swept: Any = _recurrence(form, q, k, v, log_decay, widened(state, form.L, axes=2), reset)
+    if weight is not None:
+        weight = padded(jnp.log2(jnp.maximum(weight.astype(F32), LEAST)), form.unit)
+    swept: Any = _recurrence(form, q, k, v, log_decay, weight, widened(state, form.L, axes=2), reset)
     out, final = swept
     return out[:, :T, :, :dv], final[:, :, :dk, :dv]
 
@@ -79,16 +83,21 @@ def _recurrence(form: Form, *arguments: Any) -> Any:
     return _forward(form, *arguments)[0]
 
 
-def _forward(form: Form, q: Array, k: Array, v: Array, log_decay: Array, state: Array, reset: Array | None) -> Any:
-    swept = form.sweep(q, k, v, _gates(log_decay, reset, form.L), state)
-    return (swept["out"], swept["final"]), (q, k, v, log_decay, state, reset)
+def _forward(
+    form: Form, q: Array, k: Array, v: Array, log_decay: Array, weight: Array | None, state: Array, reset: Array | None
+) -> Any:
+    swept = form.sweep(q, k, v, _gates(log_decay, weight, reset, form.L), state)
+    return (swept["out"], swept["final"]), (q, k, v, log_decay, weight, state, reset)
 
 
 def _backward(form: Form, kept: Any, cotangents: Any) -> Any:
-    q, k, v, log_decay, state, reset = kept
-    gates = _gates(log_decay, reset, form.L)
-    d_q, _, d_k, d_v, d_log_decay, d_state = gradients(form, q, k, v, gates, state, *cotangents)
-    return d_q, d_k, d_v, jnp.moveaxis(d_log_decay[..., : v.shape[1]], 1, 2), d_state, None
+    q, k, v, log_decay, weight, state, reset = kept
+    gates = _gates(log_decay, weight, reset, form.L)
+    d_q, along_k, d_k, d_v, d_log_decay, d_state = gradients(form, q, k, v, gates, state, *cotangents)
+    d_log_decay, along_k = (jnp.moveaxis(a[..., : v.shape[1]], 1, 2) for a in (d_log_decay, along_k))
+    # of the logarithm of w: what a token wrote is proportional to w and to k alike
+    d_weight = None if weight is None else along_k * math.log(2)
+    return d_q, d_k, d_v, d_log_decay, d_weight, d_state, None
 
 
 _recurrence.defvjp(_forward, _backward)
@@ -151,7 +160,8 @@ def chunked(a: Array, L: int) -> Array:
     return jnp.moveaxis(a.reshape(a.shape[0], -1, L, *a.shape[2:]), (1, 2), (-2, -1))
 
 
-def _gates(log_decay: Array, reset: Array | None, L: int) -> Gates:
+def _gates(log_decay: Array, weight: Array | None, reset: Array | None, L: int) -> Gates:
+    """`weight`: log2 of it."""
     b = jnp.cumsum(chunked(log_decay, L), axis=-1)  # (B, H, C, L), inclusive
     entering, left = jnp.exp(b), jnp.exp(b[..., -1:] - b)
     exponent = b * math.log2(math.e)
@@ -161,7 +171,11 @@ def _gates(log_decay: Array, reset: Array | None, L: int) -> Gates:
         entering = jnp.where(document == 0, entering, 0.0)
         left = jnp.where(document == document[..., -1:], left, 0.0)
         documents = documents_of(document, b.shape)
-    gates = {"to": exponent, "of": exponent, "entering": entering, "left": left, "carried": entering} | documents
+    of = exponent
+    if weight is not None:
+        weight = chunked(weight, L)
+        of, left = exponent - weight, left * jnp.exp2(weight)
+    gates = {"to": exponent, "of": of, "entering": entering, "left": left, "carried": entering} | documents
     return {name: a.reshape(*b.shape[:2], -1) for name, a in gates.items()}
 
 

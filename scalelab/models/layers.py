@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -26,6 +27,13 @@ def linear(x: Float[Array, "*b n"], w: Array) -> Array:
     of a product with more axes."""
     y = x.reshape(-1, x.shape[-1]) @ w.reshape(w.shape[0], -1)
     return y.reshape(*x.shape[:-1], *w.shape[1:])
+
+
+def linears(x: Float[Array, "*b n"], w: Float[Array, "n m"], *widths: int) -> list[Array]:
+    """x w in parts of so many columns, a product each: cutting one result up would have the backward pass write its
+    gradient together again, and read it, which for wide parts costs as much as the product."""
+    assert sum(widths) == w.shape[1]
+    return [linear(x, part) for part in jnp.split(w, np.cumsum(widths[:-1]), axis=1)]
 
 
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*b D"]:

@@ -27,9 +27,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import gated_recurrence, gla
 from scalelab.errors import BadInput
-from scalelab.models.layers import linear, pointwise, rms_norm
+from scalelab.models.layers import linear, linears, pointwise, rms_norm
 from scalelab.models.part import Mixer
-from scalelab.models.sequence import beginnings, no_past, short_conv
+from scalelab.models.sequence import beginnings, no_past, short_convs
 from scalelab.models.spec import Flops, Spec
 from scalelab.parametrization import Depth, Tensor, uniform
 from scalelab.schema import at_least
@@ -89,14 +89,14 @@ class LinearMixer(Mixer):
         sizes, (B, T, _) = self.sizes(self.spec, self.options), x.shape
         before = state or self.init_state(B, T)
         after = {"segment": before["segment"] if segment_ids is None else segment_ids[:, -1]}
-        qkv = linear(x, self.weight("qkv"))
+        qkv = linears(x, self.weight("qkv"), sizes.keys, sizes.keys, sizes.values)
         if sizes.conv:
-            qkv, after["conv"], after["conv_segments"] = short_conv(
+            qkv, after["conv"], after["conv_segments"] = short_convs(
                 qkv, self.exact("conv"), None, before["conv"], segment_ids, before["conv_segments"], self.activation
             )
         else:
-            qkv = self.activation(qkv)
-        q, k, v = jnp.split(qkv, [sizes.keys, 2 * sizes.keys], axis=-1)
+            qkv = map(self.activation, qkv)
+        q, k, v = qkv
         q, k = (a.reshape(B, T, sizes.groups, sizes.dk) for a in (q, k))
         reset = beginnings(segment_ids, None if state is None else before["segment"])
         o, after["S"] = self.recur(

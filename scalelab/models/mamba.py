@@ -28,9 +28,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gated_recurrence, selective_scan
 from scalelab.errors import BadInput
-from scalelab.models.layers import linear, pointwise
+from scalelab.models.layers import linear, linears, pointwise
 from scalelab.models.part import Mixer
-from scalelab.models.sequence import beginnings, no_past, short_conv
+from scalelab.models.sequence import beginnings, no_past, short_conv, short_convs
 from scalelab.models.spec import Flops, Spec
 from scalelab.parametrization import Depth, Tensor, between, constant, uniform
 from scalelab.schema import at_least
@@ -108,9 +108,9 @@ class Mamba(Mixer):
         state: dict[str, Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None, dict[str, Any]]:
         o = self.options
-        _, R = self.sizes(self.spec, o)
         before = state or self.init_state(x.shape[0], x.shape[1])
-        u, z = jnp.split(linear(x, self.weight("inward")), 2, axis=-1)
+        E, R = self.sizes(self.spec, o)
+        u, z = linears(x, self.weight("inward"), E, E)
         u, past, past_segments = short_conv(
             u, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
@@ -240,21 +240,22 @@ class Mamba2(Mixer):
         o, (B, T, _) = self.options, x.shape
         E, H, _ = self.sizes(self.spec, o)
         before = state or self.init_state(B, T)
-        z, inner = jnp.split(linear(x, self.weight("inward")), [E], axis=-1)
-        inner, past, past_segments = short_conv(
+        keys = o.groups * o.state
+        z, *inner = linears(x, self.weight("inward"), E, E, keys, keys)
+        (u, k, q), past, past_segments = short_convs(
             inner, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
-        u, k, q = jnp.split(inner, [E, E + o.groups * o.state], axis=-1)
         u = u.reshape(B, T, H, o.head_dim)
         k, q = (a.reshape(B, T, o.groups, o.state) for a in (k, q))
         dt, decay = self._rates(x)
         y, S = self.per_row(gated_recurrence.gated_recurrence, chunk=o.chunk)(
             q,
             k,
-            (dt[..., None] * u).astype(u.dtype),
+            u,
             decay,
             before["S"] if state is not None else None,
             beginnings(segment_ids, before["segment"] if state is not None else None),
+            dt,
         )
         y = y + self.weight("D")[:, None] * u
         after = None

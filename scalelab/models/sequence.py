@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 F32 = jnp.float32
+
+
+def short_convs(
+    parts: Sequence[Float[Array, "B T _"]],
+    taps: Float[Array, "K E"],
+    bias: Float[Array, " E"] | None,
+    past: Float[Array, "B K-1 E"],
+    segments: Int[Array, "B T"] | None,
+    past_segments: Int[Array, "B K-1"],
+    activation: Callable[[Array], Array] = jax.nn.silu,
+) -> tuple[list[Array], Float[Array, "B K-1 E"], Int[Array, "B K-1"]]:
+    """`short_conv` of arrays whose channels, one after the other, are those of the taps: what is used apart need not
+    be written together."""
+    cuts = np.cumsum([part.shape[-1] for part in parts[:-1]])
+    biases = [None] * len(parts) if bias is None else jnp.split(bias, cuts)
+    done = [
+        short_conv(x, taps, bias, past, segments, past_segments, activation)
+        for x, taps, bias, past in zip(
+            parts, jnp.split(taps, cuts, axis=1), biases, jnp.split(past, cuts, axis=2), strict=True
+        )
+    ]
+    ys, pasts, [last, *_] = zip(*done, strict=True)
+    return list(ys), jnp.concatenate(pasts, axis=-1), last
 
 
 def short_conv(

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mlstm
 from scalelab.errors import BadInput
-from scalelab.models.layers import linear, pointwise, soft_cap
+from scalelab.models.layers import linear, linears, pointwise, soft_cap
 from scalelab.models.part import Mixer
 from scalelab.models.sequence import beginnings, no_past, short_conv
 from scalelab.models.spec import Flops, Spec
@@ -281,7 +281,7 @@ class MLSTMUp(Mixer):
         o, (B, T, D) = self.options, x.shape
         E, H = o.expand * D, o.heads
         before = state or self.init_state(B, T)
-        u, z = jnp.split(linear(x, self.weight("up")), 2, axis=-1)
+        u, z = linears(x, self.weight("up"), E, E)
         c, past, past_segments = short_conv(
             u, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )

@@ -26,10 +26,16 @@ def inputs(T, B=1, G=1, H=1, dk=64, dv=64, gates="mild", dtype=jnp.bfloat16, see
     return arrays, cotangents, jnp.asarray(rng.random((B, T)) < 0.05).at[:, T // 2].set(True)
 
 
-def equals_the_reference(kernels, shape, gates, documents, rough=5e-3, floor=1e-6):
+def equals_the_reference(kernels, shape, gates, documents, rough=5e-3, floor=1e-6, weighted=False):
     arrays, cotangents, reset = inputs(**shape, gates=gates)
     reset = reset if documents else None
-    f = partial(gated_recurrence, reset=reset)
+    if weighted:  # from next to nothing to above 1, as Mamba-2's steps are
+        weight = jnp.float32(np.exp(np.random.default_rng(5).uniform(-9, 1, size=arrays[3].shape)))
+        arrays = (*arrays, weight)
+
+    def f(q, k, v, g, state, weight=None, **how):
+        return gated_recurrence(q, k, v, g, state, reset, weight, **how)
+
     with dispatch.interpreted():
         got = values_and_gradients(partial(f, kernels=kernels), arrays, cotangents, kernels)
     arrays32, cotangents = jax.tree.map(lambda a: a.astype(jnp.float32), (arrays, cotangents))

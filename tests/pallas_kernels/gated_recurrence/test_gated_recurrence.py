@@ -33,16 +33,17 @@ CASES = [
 @pytest.mark.parametrize(("T", "gates", "G", "documents"), CASES)
 def test_equals_the_reference_in_values_and_all_gradients(T, gates, G, documents):
     *arrays, state = inputs(T, G=G, gates=gates)
+    weight = jnp.float32(np.exp(np.random.default_rng(5).uniform(-9, 1, size=arrays[3].shape)))
     reset = resets(T) if documents else None
     rng = np.random.default_rng(3)
     d_out, d_state = jnp.float32(rng.normal(size=arrays[2].shape)), jnp.float32(rng.normal(size=state.shape))
 
     def run(f):
-        out, pull = jax.vjp(f, *arrays, state)
+        out, pull = jax.vjp(f, *arrays, state, weight)
         return *out, *pull((d_out, d_state))
 
-    got = jax.jit(lambda: run(lambda *a: gated_recurrence(*a, reset, chunk=8)))()
-    want = jax.jit(lambda: run(lambda *a: reference.gated_recurrence(*a, reset)))()
+    got = jax.jit(lambda: run(lambda *a: gated_recurrence(*a[:-1], reset, a[-1], chunk=8)))()
+    want = jax.jit(lambda: run(lambda *a: reference.gated_recurrence(*a[:-1], reset, a[-1])))()
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 

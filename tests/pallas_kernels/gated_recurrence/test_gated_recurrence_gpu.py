@@ -30,6 +30,10 @@ def test_equals_the_reference_in_values_and_all_gradients(shape, gates, document
     checks.equals_the_reference("mosaic_gpu", shape, gates, documents)
 
 
+def test_with_weights():
+    checks.equals_the_reference("mosaic_gpu", {"T": 70, "H": 2}, "mild", True, weighted=True)
+
+
 def test_without_a_state_and_its_cotangent():
     """What a training step asks for: no initial state, the last one unused."""
     (*arrays, _), (d_out, _), _ = checks.inputs(9)

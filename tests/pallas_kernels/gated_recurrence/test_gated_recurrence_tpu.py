@@ -24,6 +24,12 @@ def test_equals_the_reference_in_values_and_all_gradients(shape, gates, document
     checks.equals_the_reference("mosaic_tpu", {"dtype": jnp.float32} | shape, gates, documents, rough, floor=3e-6)
 
 
+def test_with_weights():
+    checks.equals_the_reference(
+        "mosaic_tpu", {"T": 130, "H": 2, "dtype": jnp.float32}, "mild", True, 1e-5, weighted=True
+    )
+
+
 @pytest.mark.parametrize("shared", [(0, 3), (2, 4)])
 def test_a_population_equals_its_members(shared):
     checks.a_population_equals_its_members("mosaic_tpu", shared)
