@@ -33,7 +33,8 @@ def _forward(x: Array, w: Array, labels: Array, cap: float, chunk: int) -> tuple
         z = _logits(x, head, cap)
         top = jnp.max(z, axis=-1)
         lse = top + jnp.log(jnp.sum(jnp.exp(z - top[:, None]), axis=-1))
-        return carry, (lse, jnp.sum(jnp.where(_onehot(labels, z), z, 0.0), axis=-1))
+        # a label below 0 reads the first column, for nothing
+        return carry, (lse, jnp.take_along_axis(z, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0])
 
     _, (lse, z_label) = _by_chunks(body, None, (x, labels), chunk)
     kept = labels >= 0
