@@ -1,19 +1,22 @@
 """The scan in plain JAX, token by token: no (B, T, E, N) table exists. The backward pass runs each chunk again, then
 walks it from its last token, with s_t the state's gradient and e_t that of the exponent dt_t A:
 
-    s_t = dy_t C_t^T + exp(dt_{t+1} A) s_{t+1}      e_t = s_t exp(dt_t A) h_{t-1}
-    d(dt u)_t = s_t B_t    d dt_t = e_t A (+ u d(dt u)_t)    dA = sum_t e_t dt_t    dB_t = s_t^T (dt u)_t    dC_t = h_t^T dy_t
+    s_t = dy_t C_t^T + exp(dt_{t+1} A) s_{t+1}      e_t = s_t exp(dt_t A) h_{t-1}       dA = sum_t e_t dt_t
+    d(dt u)_t = s_t B_t      d dt_t = e_t A + u_t d(dt u)_t      dB_t = s_t^T (dt u)_t      dC_t = h_t^T dy_t
 
-States lie as (B, N, E): what is elementwise runs along the channels, and a sum over either is a product, or adds rows.
+States lie as (B, N, E): what is elementwise runs along the channels; sums are products, or add rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from pallas_kernels import dispatch
 
 F32 = jnp.float32
 
@@ -51,7 +54,7 @@ def _forward(A: Array, start: Array, *xs: Array) -> tuple[tuple[Array, Array], t
         return h, _over_states(h * C[..., None])
 
     def run_chunk(h: Array, xs: Any) -> tuple[Array, tuple[Array, Array]]:
-        after, y = jax.lax.scan(token, h, xs)
+        after, y = _walk(token, h, xs)
         return after, (y, h)
 
     final, (y, starts) = jax.lax.scan(run_chunk, start, xs)
@@ -80,14 +83,21 @@ def _backward(kept: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple
 
     def run_chunk(carry: Any, xs: Any) -> Any:
         start, dy, u, dt, B, C, keep = xs
-        _, before = jax.lax.scan(again, start, (u, dt, B, keep))
-        return jax.lax.scan(token, carry, (before, dy, u, dt, B, C, keep), reverse=True)
+        _, before = _walk(again, start, (u, dt, B, keep))
+        return _walk(token, carry, (before, dy, u, dt, B, C, keep), reverse=True)
 
     (d_start, dA), d_xs = jax.lax.scan(run_chunk, (d_final, jnp.zeros_like(d_final)), (starts, dy, *xs), reverse=True)
     return dA.sum(0), d_start, *d_xs, None
 
 
 _scan.defvjp(_forward, _backward)
+
+
+def _walk(token: Callable[..., Any], carry: Any, xs: Any, reverse: bool = False) -> Any:
+    """`jax.lax.scan` over a chunk. On a GPU a pass of the loop costs more than its arithmetic, so 8 tokens are one; on
+    CPUs XLA would then work out the exponentials of a token again for each token behind it."""
+    unroll = 1 if dispatch.device().platform == "cpu" else min(8, len(xs[0]))
+    return jax.lax.scan(token, carry, xs, reverse=reverse, unroll=unroll)
 
 
 def _decay(A: Array, dt: Array, keep: Array) -> Array:
