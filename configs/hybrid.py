@@ -11,8 +11,7 @@ embeddings), steps, data, tokenizer, dtype as in `transformer`.
 
 from scalelab import recipe
 from scalelab.config import override, parse_arg
-from scalelab.errors import BadInput
-from scalelab.schema import Config, at_least
+from scalelab.schema import Config
 
 OWN = {"mixer": "gated_deltanet", "every": 4, "window": 0, "rope": True}
 
@@ -20,10 +19,5 @@ OWN = {"mixer": "gated_deltanet", "every": 4, "window": 0, "rope": True}
 def get_config(arg: str = "") -> Config:
     args = parse_arg(arg, **OWN, **recipe.ARGUMENTS)
     options = {name: args[name] for name in OWN}
-    mixers = [name for name in recipe.FAMILIES if name != "hybrid"]
-    if args.mixer not in mixers:
-        raise BadInput("config argument mixer", args.mixer, f"must be one of {', '.join(mixers)}")
-    at_least("argument every", args.every, 1)
-    at_least("argument window", args.window, 1 if args.mixer == "transformer" else 0)
     config = recipe.config("hybrid", arg, {}, options=options, **OWN)
     return override(config, {"family": f"{args.mixer}_hybrid"}).lock()

@@ -1,16 +1,17 @@
-"""xLSTM: the large models' block, mLSTM and SwiGLU (Beck et al. 2025).
+"""xLSTM: the large models' block, mLSTM and SwiGLU (Beck et al. 2025), or one of the paper's (Beck et al. 2024).
 
     scalelab train --config=xlstm:size=s,steps=200
     scalelab train --config=configs/xlstm.py:params=1e6,data=my_corpus
 
 Arguments: size (xs | s | m | l: the recipe at widths 64 to 512 | 165m | 1.3b | 7b: the published shapes), or params
-(target without embeddings), steps, data, tokenizer, dtype as in `transformer`. The paper's blocks are `mlstm_up` and
-`slstm` in `model.blocks`.
+(target without embeddings), steps, data, tokenizer, dtype as in `transformer`. mixer (mlstm | mlstm_up | slstm: the
+recipe alone): every layer's; `model.blocks` mixes them.
 """
 
 from typing import Any
 
 from scalelab import recipe
+from scalelab.config import parse_arg
 from scalelab.schema import Config
 
 
@@ -22,6 +23,7 @@ def _published(width: int, layers: int, heads: int, hidden: int, lr: float) -> d
     }  # fmt: skip
 
 
+OWN = {"mixer": "mlstm"}
 PUBLISHED = {
     "165m": _published(768, 12, 4, 2112, 1e-3),
     "1.3b": _published(2048, 24, 4, 5504, 7e-4),
@@ -30,4 +32,5 @@ PUBLISHED = {
 
 
 def get_config(arg: str = "") -> Config:
-    return recipe.config("xlstm", arg, PUBLISHED)
+    mixer = parse_arg(arg, **OWN, **recipe.ARGUMENTS).mixer
+    return recipe.config("xlstm", arg, PUBLISHED if mixer == "mlstm" else {}, options={"mixer": mixer}, **OWN)

@@ -136,7 +136,8 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--ops", default="", metavar="A,B,...", help="kernels: which (default: all)")
     p.add_argument("--list", action="store_true", help="kernels: only which implementation runs, and why not a faster")
     p.add_argument("--dtype", default="bfloat16", help="kernels: of the operands (default: bfloat16)")
-    p.add_argument("--family", default="transformer", help="coords: a family of the recipe (default: transformer)")
+    p.add_argument("--family", default="transformer", metavar="FAMILY[:OPTIONS]",
+                   help="coords: of the recipe, as xlstm:mixer=slstm (default: transformer)")  # fmt: skip
     p.add_argument("--parametrizations", default="standard,mup,completep", metavar="A,B,...",
                    help="coords: which (default: all three)")  # fmt: skip
     p.add_argument("--widths", default="64,128,256,512,1024", metavar="N,N,...",

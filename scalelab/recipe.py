@@ -7,6 +7,7 @@ is a function of the width, which sets everything else; sizes are found by count
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ from scalelab.config import base, flatten, override, parse_arg
 from scalelab.errors import BadInput
 from scalelab.models.registry import CHANNELS, MIXERS
 from scalelab.parametrization import PARAMETRIZATIONS
-from scalelab.schema import Config, choice
+from scalelab.schema import Config, at_least, choice
 
 Shape = dict[str, Any]  # dotted overrides
 
@@ -83,18 +84,37 @@ def mamba2(width: int) -> Shape:
     }
 
 
-def xlstm(width: int) -> Shape:
-    """The large xLSTM's block: mLSTM and SwiGLU, one layer per 64 of width, F = 8/3 D."""
+XLSTM = ("mlstm", "mlstm_up", "slstm")
+
+
+def xlstm(width: int, mixer: str = "mlstm") -> Shape:
+    """The large xLSTM's block: mLSTM and SwiGLU, one layer per 64 of width, F = 8/3 D.
+
+    mixer=mlstm_up or slstm: the paper's blocks, sLSTM with a GeGLU of F = 1.3 D. Half of the parameters, hence twice
+    the layers.
+    """
+    choice("argument mixer", mixer, XLSTM)
     grain = 64 if width >= 256 else 16
-    return {
-        "family": "xlstm",
+    found = {
+        "family": "xlstm" if mixer == "mlstm" else mixer,
         "model.width": width,
-        "model.layers": max(2, round(width / 64)),
-        "model.blocks": (("mlstm", "mlp"),),
+        "model.blocks": ((mixer, "none" if mixer == "mlstm_up" else "mlp"),),
         "model.init": "small",
-        "model.mlp.hidden": math.ceil(8 * width / 3 / grain) * grain,
-        "model.mlstm.heads": 4 if width < 2048 else 8,
+        f"model.{mixer}.heads": 4 if width < 2048 else 8,
     }
+    if mixer == "mlstm":
+        return found | {
+            "model.layers": max(2, round(width / 64)),
+            "model.mlp.hidden": math.ceil(8 * width / 3 / grain) * grain,
+        }
+    found |= {
+        "model.layers": max(4, 2 * round(width / 64)),
+        "model.norm": "layernorm_gain",
+        "model.norm_eps": 1e-5,
+    }
+    if mixer == "slstm":
+        found |= {"model.mlp.kind": "geglu", "model.mlp.hidden": math.ceil(1.3 * width / grain) * grain}
+    return found
 
 
 def _with_mlp(family: str, width: int, hidden: float) -> Shape:
@@ -149,6 +169,9 @@ def hybrid(width: int, mixer: str = "gated_deltanet", every: int = 4, window: in
 
     `window` is that of the attention; of a Transformer, whose every m-th layer sees everything, that of the others.
     """
+    choice("argument mixer", mixer, [name for name in FAMILIES if name != "hybrid"])
+    at_least("argument every", every, 1)
+    at_least("argument window", window, 1 if mixer == "transformer" else 0)
     base = {**transformer(width), **FAMILIES[mixer](width)}
     own, attention = base.get("model.blocks", (("attention", "mlp"),))[0], ("attention", "mlp")
     if mixer == "transformer":
@@ -182,9 +205,20 @@ FAMILIES: dict[str, Callable[..., Shape]] = {
 def shape(family: str, width: int, **options: Any) -> Shape:
     """The family's shape at a width, with a learning rate; `options` are the family's own. Raises `BadInput` for an
     unknown family."""
-    if family not in FAMILIES:
-        raise BadInput("family", family, f"must be one of {', '.join(FAMILIES)}")
-    return {**FAMILIES[family](width, **options), "optim.lr": learning_rate(width, family)}
+    return {**_family(family)(width, **options), "optim.lr": learning_rate(width, family)}
+
+
+def with_options(reference: str) -> tuple[str, dict[str, Any]]:
+    """A family and its options, as for `shape`, from `hybrid:mixer=mamba2,every=2`. Raises `BadInput`."""
+    family, _, arg = reference.partition(":")
+    _, *parameters = inspect.signature(_family(family)).parameters.values()
+    return family, parse_arg(arg, **{p.name: p.default for p in parameters}).to_dict()
+
+
+def _family(name: str) -> Callable[..., Shape]:
+    if name not in FAMILIES:
+        raise BadInput("family", name, f"must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def defaults(families: Iterable[str]) -> Shape:

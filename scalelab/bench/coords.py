@@ -2,6 +2,7 @@
 
     scalelab bench coords --family transformer --plot coords.png
     scalelab bench coords --family mamba2 --widths 64,128,256 --depths 4,8,16 --steps 4 --out coords.csv
+    scalelab bench coords --family xlstm:mixer=slstm
 
 Every model takes a few Adam steps at one learning rate, and is looked at on one batch before and after: the root mean
 square of the residual stream behind the block half-way and the last one, and of the logits ("size"), and of their
@@ -44,10 +45,12 @@ FLAT = 0.15  # slope: a factor 1.5 from width 64 to 1024
 
 
 def shape(family: str, kind: str, width: int, layers: int, base: tuple[int, int], lr: float = LR) -> Config:
-    """The config of a family's model of some width and depth whose base model has (width, depth) `base`."""
+    """The config of a family's model of some width and depth whose base model has (width, depth) `base`. The family may
+    come with its options (`recipe.with_options`)."""
+    family, options = recipe.with_options(family)
     base_width, base_layers = base
-    smallest = recipe.shape(family, base_width) | {"model.layers": base_layers, "model.suffix": ()}
-    found = recipe.widened(family, width, base_width) | {"model.layers": layers, "model.suffix": ()}
+    smallest = recipe.shape(family, base_width, **options) | {"model.layers": base_layers, "model.suffix": ()}
+    found = recipe.widened(family, width, base_width, **options) | {"model.layers": layers, "model.suffix": ()}
     fixed = {"model.embed_norm": True,
         "model.compute_dtype": "float32", "data.seq_len": SEQ_LEN, "data.batch_size": ROWS,
         "data.held_out_tokens": 4096, "optim.eps": 1e-12, "optim.lr": lr,
