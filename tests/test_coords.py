@@ -32,14 +32,15 @@ def test_updates_stay_flat_over_widths_and_depths_where_standard_grows():
 
 
 IN_CI = ("mamba2", "xlstm")
-OTHERS = [name for name in recipe.FAMILIES if name != "transformer"]
+PAPERS = ("xlstm:mixer=mlstm_up", "xlstm:mixer=slstm")
+OTHERS = [*(name for name in recipe.FAMILIES if name != "transformer"), *PAPERS]
 EACH = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.study) for name in OTHERS]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", EACH)
 def test_updates_of_every_family_stay_flat_over_widths(family):
-    base = 2 if family in ("xlstm", "moe", "gla") else 4
+    base = 2 if family in ("xlstm", "moe", "gla", *PAPERS) else 4
     table = coords.check(family, ("standard", "mup"), (64, 256), (base,), 3)
     found = coords.slopes(table)
     for place in BLOCKS:
@@ -62,6 +63,30 @@ def test_the_transformers_updates_over_more_widths_and_depths_to_32():
             assert mine.start_slope <= coords.FLAT
             assert slope(found, "standard", along, place).change_slope > 0.4
     assert slope(found, "completep", "width", "logits").change_slope <= coords.FLAT
+
+
+@pytest.mark.slow
+@pytest.mark.study
+@pytest.mark.parametrize("family", PAPERS)
+def test_updates_of_the_papers_xlstm_do_not_grow_with_the_depth(family):
+    """They fall a little: what the branches' random starts make of a change adds up as 1 / sqrt(L), as in mLSTM's and
+    GLA's large models."""
+    found = coords.slopes(coords.check(family, ("standard", "completep"), (64,), (2, 32), 3))
+    for place in BLOCKS:
+        standard, mine = (slope(found, kind, "depth", place) for kind in ("standard", "completep"))
+        assert -0.25 < mine.change_slope < 0.05
+        assert mine.start_slope < 0.05
+        assert standard.change_slope > mine.change_slope + 0.2
+
+
+def test_a_family_is_widened_with_its_options():
+    small, large = (coords.shape("xlstm:mixer=slstm", "mup", width, 2, (64, 2)).model for width in (64, 256))
+    for model, heads, hidden in ((small, 4, 96), (large, 16, 384)):
+        assert model.blocks == (("slstm", "mlp"),)
+        assert (model.slstm.heads, model.mlp.hidden, model.mlp.kind) == (heads, hidden, "geglu")
+    assert (large.mup.base_width, large.mup.base_layers) == (64, 2)
+    plain = coords.shape("xlstm", "mup", 256, 2, (64, 2)).model
+    assert plain.blocks == (("mlstm", "mlp"),)
 
 
 def planted():
@@ -112,6 +137,10 @@ def test_the_command_prints_a_table_and_writes_csv_and_picture(tmp_path):
         ({"widths": (64,), "depths": (2,)}, "to compare"),
         ({"widths": (0, 64)}, "must be at least 1"),
         ({"family": "perceptron"}, "must be one of transformer"),
+        ({"family": "xlstm:mixer=gru"}, "must be one of mlstm, mlstm_up, slstm"),
+        ({"family": "hybrid:every=0"}, "must be at least 1"),
+        ({"family": "mamba:mixer=mamba2"}, "no such field"),
+        ({"family": "xlstm:mixer=slstm", "widths": (64, 96), "depths": (3,)}, None),
         ({"family": "gla", "widths": (64, 96), "depths": (3,)}, None),
         ({"family": "transformer", "widths": (64, 80), "depths": (2,)}, "makes attention.heads = 2.5"),
     ],
@@ -129,18 +158,20 @@ def test_what_cannot_be_checked_is_refused(options, says, monkeypatch):
 # ------------------------------------------------------------------------------------ recipes and the sweep
 
 
-@pytest.mark.parametrize("family", recipe.FAMILIES)
-def test_the_base_of_a_recipes_model_is_the_recipes_model(family):
+@pytest.mark.parametrize("reference", [*recipe.FAMILIES, *PAPERS])
+def test_the_base_of_a_recipes_model_is_the_recipes_model(reference):
     """Also where it differs in more than the width: the fan-ins of the base are those of the recipe's own shape."""
+    family, options = recipe.with_options(reference)
     for width in (192, 512):
-        shape = recipe.transferred("completep", recipe.shape(family, width), recipe.shape(family, 64))
+        small_shape = recipe.shape(family, 64, **options)
+        shape = recipe.transferred("completep", recipe.shape(family, width, **options), small_shape)
         model = config.override(config.base(), {**shape, "model.vocab_size": 64}).model
         spec = models.registry.resolve(model)
-        small = config.override(config.base(), {**recipe.shape(family, 64), "model.vocab_size": 64}).model
+        small = config.override(config.base(), {**small_shape, "model.vocab_size": 64}).model
         assert spec.blocks[0].mixer_base == models.registry.resolve(small).blocks[0].mixer_options
         assert spec.blocks[0].channel_base == models.registry.resolve(small).blocks[0].channel_options
         assert (spec.base.width, spec.base_layers) == (64, small.layers)
-        assert shape["optim.lr"] == recipe.shape(family, 64)["optim.lr"]
+        assert shape["optim.lr"] == small_shape["optim.lr"]
 
 
 def test_the_configs_take_a_parametrization():

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from scalelab import flops, recipe, sweep
-from scalelab.config import base, override
+from scalelab.config import base, load, override
 from scalelab.errors import BadInput
 
 each = pytest.mark.parametrize("family", recipe.FAMILIES)
@@ -35,6 +35,18 @@ def test_the_transformer_by_hand():
     assert (layers, hidden) == (4, 704)
     by_hand = layers * (4 * width**2 + 3 * width * hidden + 2 * 64) + (2 * layers + 1) * width  # QK-norm: 2 d
     assert recipe.params("transformer", 256) == by_hand
+
+
+@pytest.mark.parametrize("mixer", ["mlstm_up", "slstm"])
+def test_the_papers_xlstm_has_as_many_parameters_as_that_of_the_large_models(mixer):
+    for width in (64, 128, 256, 512):
+        ratio = recipe.params("xlstm", width, mixer=mixer) / recipe.params("xlstm", width)
+        assert 0.95 < ratio < 1.25
+    conf = load(f"xlstm:mixer={mixer},size=xs")
+    assert conf.family == mixer
+    assert conf.model.blocks[0][0] == mixer
+    with pytest.raises(BadInput, match="must be one of xs, s, m, l"):
+        load(f"xlstm:mixer={mixer},size=7b")
 
 
 def test_learning_rates_fall_with_the_width():

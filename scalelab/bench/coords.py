@@ -11,7 +11,8 @@ under CompleteP neither with the depth; under the standard parametrisation they 
 Dey et al. 2025). What theory has fall, falls: at the start, what the random head makes of the stream as 1 / sqrt(D),
 and what the L branches of CompleteP add to the embedding as 1 / sqrt(L); and of the logits' change the part that the
 head's random start answers with, down to that of its own update (Transformer, widths 64 to 1024: about
-0.10 + 0.28 / sqrt(m)).
+0.10 + 0.28 / sqrt(m)). Along the depth a change has a part of 1 / sqrt(L) too, where the branches start large against
+the stream (GLA and every block of xLSTM, depths 2 to 32: slopes of -0.14 to -0.26, which flatten from there to 128).
 
 Widths are compared at the least depth, depths at the least width; a shape grows by heads and inner widths alone
 (`recipe.widened`). The embedding is normed (`embed_norm`), so that the residual stream starts at size 1 at any width
