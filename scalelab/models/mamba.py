@@ -115,7 +115,7 @@ class Mamba(Mixer):
             u, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
         rank, B, C = jnp.split(linear(u, self.weight("x")), [R, R + o.state], axis=-1)
-        dt = jax.nn.softplus(linear(rank, self.weight("dt")).astype(jnp.float32) + self.exact("dt_bias"))
+        dt = step_sizes(linear(rank, self.weight("dt")), self.exact("dt_bias"))
         y, h = self.per_row(selective_scan.selective_scan, shared=(2,), chunk=o.chunk)(
             u,
             dt,
@@ -147,6 +147,22 @@ class Mamba(Mixer):
         y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
         assert after is not None
         return y[:, 0], after
+
+
+@jax.custom_vjp
+def step_sizes(raw: Float[Array, "*b E"], bias: Float[Array, " E"]) -> Float[Array, "*b E"]:
+    """softplus(raw + bias) in float32. Its gradient is rounded to raw's dtype before the bias sums it: as one float32
+    array for both, it would be written and read once more."""
+    return jax.nn.softplus(raw.astype(jnp.float32) + bias)
+
+
+def _step_sizes_backward(kept: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    raw, bias = kept
+    d_raw = (d * jax.nn.sigmoid(raw.astype(jnp.float32) + bias)).astype(raw.dtype)
+    return d_raw, d_raw.astype(jnp.float32).sum(range(raw.ndim - 1))
+
+
+step_sizes.defvjp(lambda raw, bias: (step_sizes(raw, bias), (raw, bias)), _step_sizes_backward)
 
 
 @pointwise
