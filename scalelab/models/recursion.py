@@ -129,7 +129,7 @@ class Recursion(Part):
     ) -> tuple[Float[Array, "B T D"], Any, Any, dict[str, Array]]:
         """x -> (x after all recursions, state, aux of the shared layers with the recursions one after the other on the
         axis of repeats, aux of the router). `train`: selected as in training, which is without a state. Otherwise the
-        router's aux is "selected" (B, T, Nr), 1 where a recursion updated a token, and it counts nothing."""
+        router's aux is "selected" (B, T, Nr), 1 where a recursion updated a token (of parallel streams their mean)."""
         if train:
             x, found, seen = self._best(0, x, rows, block)
             own = {name: jnp.stack([recursion[name] for recursion in seen]) for name in seen[0]}
@@ -198,7 +198,8 @@ class Recursion(Part):
             x = jnp.where(active[..., None], self._updated(x, z, y), x)
             found, after, selected = [*found, aux], [*after, states], [*selected, active.astype(F32)]
         state = {"document": segments[:, -1], "recursions": tuple(after)}
-        return x, state, found, {"selected": jax.lax.stop_gradient(jnp.stack(selected, axis=-1))}
+        of_streams = jnp.stack(selected, axis=-1).reshape(-1, self.spec.streams, x.shape[1], len(selected))
+        return x, state, found, {"selected": jnp.mean(of_streams, axis=1)}
 
 
 def summary(options: RecursionOptions, counters: dict[str, Array]) -> dict[str, Array]:
