@@ -177,7 +177,12 @@ class Recursion(Part):
         choice = chooses(self.spec.recursion)[r]
         above = z > 0 if choice else selected
         bce = jnp.sum(jax.nn.softplus(z) - z * selected) if choice else jnp.zeros((), F32)
-        counted = {"competing": selected | True, "selected": selected, "above": above, "same": above == selected}
+        counted = {
+            "competing": jnp.ones_like(selected),
+            "selected": selected,
+            "above": above,
+            "same": above == selected,
+        }
         return {name: jnp.sum(a, dtype=F32) for name, a in counted.items()} | {"bce": bce}
 
     def _above(
