@@ -32,7 +32,7 @@ WIDTHS = {"parity": 32, "modular": 32, "recall": 64, "copy": 64}
 # Peak learning rates; others 5e-3. The recurrent matrices of the sLSTM start at zero and have far to go; above 2e-3
 # attention stays for long where it says any one of the values there are.
 DELTA = ("deltanet", "deltanet_positive", "gated_deltanet", "gated_deltanet_positive")
-LR = {"slstm": 1e-2, **dict.fromkeys(("transformer", "moe", "hybrid"), 2e-3), **dict.fromkeys(DELTA, 3e-3)}
+LR = {"slstm": 1e-2, **dict.fromkeys(("transformer", "moe", "mor", "hybrid"), 2e-3), **dict.fromkeys(DELTA, 3e-3)}
 
 
 def _shaped(family: str, **changes: Any) -> Callable[[int], recipe.Shape]:
@@ -50,6 +50,7 @@ SHAPES: dict[str, Callable[[int], recipe.Shape]] = {
     "deltanet_positive": _shaped("deltanet_positive", deltanet__heads=4),
     "gated_deltanet": _shaped("gated_deltanet", gated_deltanet__negative=True),
     "gated_deltanet_positive": _shaped("gated_deltanet_positive"),
+    "mor": _shaped("mor", suffix=()),  # a first layer, and the others shared
     "hybrid": _shaped("hybrid", blocks=(("gated_deltanet", "mlp"), ("attention", "mlp")), suffix=()),
 }
 CONVOLVED = ("slstm", "mamba", "mamba2", "deltanet", "gated_deltanet", "mlstm_up")

@@ -17,8 +17,8 @@ from scalelab.sharding import put_rows
 class Evaluator:
     """Scores the same held-out documents each time it is called.
 
-    `nll(params, rows)` maps token rows (B, T + 1) to float32 nats (B, T). The mean over
-    sources is weighted as the training mixture is.
+    `nll(params, rows)` maps token rows (B, T + 1) to float32 nats (B, T); of a model with recursions to (nats, which of
+    them updated each token (B, T, Nr)). The mean over sources is weighted as the training mixture is.
     """
 
     def __init__(
@@ -34,14 +34,17 @@ class Evaluator:
         self.weights = {name: weights[name] / total for name in held_out}
 
     def __call__(self, params: Any) -> dict[str, Any]:
-        """loss, loss_se (nats per token), bpb, bpb_se; `sources` has the same for each."""
+        """loss, loss_se (nats per token), bpb, bpb_se; `sources` has the same for each. Of recursions also `selected`:
+        the share of the scored tokens that each updated."""
         sources = {name: self._score(params, held) for name, held in self.held_out.items()}
-        mean = {}
+        mean: dict[str, Any] = {}
         for name in ("loss", "bpb"):
             mean[name] = sum(w * sources[s][name] for s, w in self.weights.items())
             mean[f"{name}_se"] = math.sqrt(sum((w * sources[s][f"{name}_se"]) ** 2 for s, w in self.weights.items()))
-        return {"loss": mean["loss"], "loss_se": mean["loss_se"], "bpb": mean["bpb"], "bpb_se": mean["bpb_se"],
-                "sources": sources}  # fmt: skip
+        if all("selected" in source for source in sources.values()):
+            shares = [w * np.array(sources[s]["selected"]) for s, w in self.weights.items()]
+            mean["selected"] = np.sum(shares, axis=0).tolist()
+        return mean | {"sources": sources}
 
     def _batches(self, held: HeldOut) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(held.tokens), self.batch_size):
@@ -52,18 +55,24 @@ class Evaluator:
                 doc = np.concatenate([doc, np.full((missing, doc.shape[1]), -1, doc.dtype)])
             yield rows, doc
 
-    def _score(self, params: Any, held: HeldOut) -> dict[str, float]:
+    def _score(self, params: Any, held: HeldOut) -> dict[str, Any]:
         documents = len(held.bytes)
-        nats, tokens = np.zeros(documents), np.zeros(documents)
+        nats, tokens, selected = np.zeros(documents), np.zeros(documents), []
         # All batches are dispatched before the first result is read: the device never waits for the host.
         running = [(self.nll(params, put_rows(rows, self.mesh)), doc) for rows, doc in self._batches(held)]
         for nll, doc in running:
             kept = doc >= 0
+            if isinstance(nll, tuple):
+                nll, updated = nll
+                selected.append(np.asarray(updated, np.float64)[kept].sum(axis=0))
             nats += np.bincount(doc[kept], np.asarray(nll, np.float64)[kept], documents)
             tokens += np.bincount(doc[kept], minlength=documents)
         loss, loss_se = ratio(nats, tokens)
         bpb, bpb_se = ratio(nats / math.log(2), np.asarray(held.bytes, np.float64))
-        return {"loss": loss, "loss_se": loss_se, "bpb": bpb, "bpb_se": bpb_se}
+        found: dict[str, Any] = {"loss": loss, "loss_se": loss_se, "bpb": bpb, "bpb_se": bpb_se}
+        if selected:
+            found["selected"] = (np.sum(selected, axis=0) / tokens.sum()).tolist()
+        return found
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:

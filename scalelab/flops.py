@@ -19,6 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from scalelab.models.block import Block
 from scalelab.models.lm import LanguageModel
 from scalelab.models.parscale import Aggregator
+from scalelab.models.recursion import Recursion, applied, uses
 from scalelab.models.registry import resolve
 from scalelab.models.spec import Flops
 from scalelab.parametrization import Tensor
@@ -27,7 +28,9 @@ from scalelab.parametrization import Tensor
 @dataclasses.dataclass(frozen=True)
 class PerToken:
     """FLOPs per token at a sequence length. `matmul_forward`: the matrix products of the forward pass as the plain XLA
-    form runs them, attention as the full square; what `jaxpr_matmul_flops` finds."""
+    form runs them, attention as the full square; what `jaxpr_matmul_flops` finds. Both are of training where recursions
+    leave tokens out: other passes cost as many by the share that the threshold selects, but run every recursion on all
+    tokens."""
 
     forward: float
     forward_without_unembedding: float
@@ -61,24 +64,29 @@ def per_token(config: Any, seq_len: int, batch: int = 1) -> PerToken:
     """Of a model section, at a sequence length. On the number of sequences in a `batch` depends only how far experts'
     rows are padded, in `matmul_forward`."""
     spec = resolve(config)
-    blocks = [Block.flops(spec, block, seq_len, batch * spec.streams) for block in spec.blocks]
+    blocks = [(n / seq_len, Block.flops(spec, block, n, batch * spec.streams)) for block, n in applied(spec, seq_len)]
+    router = Recursion.flops(spec, seq_len)
     mixture = Aggregator.flops(spec) if spec.streams > 1 else Flops(0, 0)
     head = 2 * spec.width * spec.vocab_size
-    body = spec.streams * sum(block.exact for block in blocks) + mixture.exact
-    matmul = spec.streams * sum(block.matmul for block in blocks) + mixture.matmul
+    body = spec.streams * (sum(share * block.exact for share, block in blocks) + router.exact) + mixture.exact
+    matmul = spec.streams * (sum(share * block.matmul for share, block in blocks) + router.matmul) + mixture.matmul
     return PerToken(body + head, body, matmul + head)
 
 
 def decode_per_token(config: Any, context: int) -> float:
-    """Forward FLOPs of one decoded token that sees `context` tokens, itself included."""
+    """Forward FLOPs of one decoded token that sees `context` tokens, itself included. Of recursions the expected ones,
+    if they select as many tokens as their capacities say: each is then needed for a token in 1 / c_r and sees that
+    share of the context."""
     spec = resolve(config)
     mixture = Aggregator.flops(spec).exact if spec.streams > 1 else 0
-    body = spec.streams * sum(Block.decode_flops(spec, block, context) for block in spec.blocks)
+    body = sum(n / context * Block.decode_flops(spec, block, n) for block, n in applied(spec, context))
+    body = spec.streams * (body + Recursion.flops(spec, context).exact)
     return body + mixture + 2 * spec.width * spec.vocab_size
 
 
 def state_bytes(config: Any, length: int, dtype_bytes: int = 2) -> int:
-    """Memory that decoding holds per sequence of `length` tokens: KV caches at `dtype_bytes`, float32 states."""
+    """Memory that decoding holds per sequence of `length` tokens: KV caches at `dtype_bytes`, float32 states; of every
+    recursion a cache for all tokens."""
     spec = resolve(config)
     return spec.streams * sum(Block.state_bytes(spec, block, length, dtype_bytes) for block in spec.blocks)
 
@@ -111,7 +119,7 @@ def weight_products(config: Any, mask: Any) -> float:
         head = tensor.role == "unembedding" or (path[0].key == "embed" and spec.tied_embeddings)
         if chosen[path] and (head or tensor.role in ("hidden", "gate")):
             outside = head or path[0].key == "aggregator"  # of the streams
-            total += 2 * tensor.active_size * spec.copies(path[0].key) * (1 if outside else spec.streams)
+            total += 2 * tensor.active_size * uses(spec, path[0].key) * (1 if outside else spec.streams)
     return total
 
 

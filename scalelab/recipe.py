@@ -60,6 +60,19 @@ def moe(width: int) -> Shape:
     }
 
 
+def mor(width: int, recursions: int = 3) -> Shape:
+    """The Transformer's shape as a Mixture-of-Recursions: a first and a last layer of their own, and between them as
+    many shared ones as make the layers of a pass those of the Transformer, at least one."""
+    plain = transformer(width)
+    return plain | {
+        "family": "mor",
+        "model.layers": 2 + max(1, round((plain["model.layers"] - 2) / recursions)),
+        "model.prefix": (("attention", "mlp"),),
+        "model.suffix": (("attention", "mlp"),),
+        "model.recursion.count": recursions,
+    }
+
+
 def mamba(width: int) -> Shape:
     """Mamba-1: a mixer has half of a Transformer layer's parameters, hence twice the layers."""
     return {
@@ -191,6 +204,7 @@ def hybrid(width: int, mixer: str = "gated_deltanet", every: int = 4, window: in
 FAMILIES: dict[str, Callable[..., Shape]] = {
     "transformer": transformer,
     "moe": moe,
+    "mor": mor,
     "mamba": mamba,
     "mamba2": mamba2,
     "xlstm": xlstm,

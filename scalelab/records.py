@@ -84,6 +84,7 @@ class RunRecord:
     entropy: float | None = _column("floor of the loss where the data's is known, nats per token")
     routing: dict[str, Any] | None = _column(
         "of experts: balance loss, entropies (nats), max violation, drop rate, as train_loss; load at the end by layer"
+        "; of recursion r: selected_r, threshold_r (shares of tokens), accuracy_r, bce_r; held_out_selected at the end"
     )
     start: str | None = _column("hash of the parameters that it started from; None: random ones")
     start_train: str | None = _column("of such a run: all | new, the tensors that the start did not have")

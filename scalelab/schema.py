@@ -25,6 +25,13 @@ LATER_SECTIONS: dict[str, dict[str, Any]] = {
         "prefix": 48,  # learned keys and values of each stream in every attention layer
         "smoothing": 0.01,  # eps: each stream weighs at least eps / P; the paper's runs had 0.1
     },
+    "recursion": {
+        "count": 1,  # Nr, how often the layers of `blocks` are applied; 1: the plain model
+        "capacities": (),  # share of a sequence's tokens that each takes in training; (): linear, 1, (Nr - 1) / Nr, ..
+        "alpha": 0.1,  # of the gate, at most what of the layers' output is added
+        "temperature": 1.0,  # of the router's logits
+        "loss": 0.001,  # coefficient of the loss that teaches the router's logits their sign
+    },
     "moe": {
         "experts": 8,  # Ne
         "top_k": 2,  # k
@@ -106,7 +113,7 @@ def base() -> Config:
         {
             "vocab_size": 0,  # 0: that of the tokenizer
             "width": 256,
-            "layers": 4,  # prefix + whole repeats of `blocks` + suffix
+            "layers": 4,  # prefix + whole repeats of `blocks` + suffix; those that recursions share count once
             # Each entry: (sequence mixer, channel mixer or "none"[, {option: value} over the mixer's section]).
             "prefix": (),
             "blocks": (("attention", "mlp"),),

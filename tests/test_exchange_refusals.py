@@ -110,6 +110,7 @@ def test_files_that_cannot_be_imported(tmp_path):
         ({**MOE, "moe__normalise": False}, "MixtralForCausalLM has True"),
         ({**MOE, "moe__top_k": 1}, "makes the weight of a single expert 1"),
         ({**MOE, "moe__top_k": 1, "attention__qk_norm": True}, "set normalise = False"),
+        ({"recursion__count": 2}, "config.model.recursion.count = 2: cannot be exported"),
         ({**MOE, "prefix": (GLOBAL,)}, "the channel mixer of every layer of MixtralForCausalLM is moe"),
     ],
 )

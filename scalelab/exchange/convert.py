@@ -163,6 +163,10 @@ def to_hf(
 
 def choose(ours: Ours) -> Layout:
     """The layout of the class that has the model's features, or comes nearest to it and says what it lacks."""
+    if (recursions := ours.spec.recursion.count) > 1:
+        raise BadInput(
+            "config.model.recursion.count", recursions, "cannot be exported: no class of transformers has it"
+        )
     mixers = sorted({block.mixer for block in ours.spec.blocks})
     if len(mixers) > 1 or mixers[0] not in ("attention", *OF_MIXER):
         raise BadInput("config.model.blocks", "+".join(mixers), "cannot be exported: no class of transformers has it")

@@ -1,5 +1,5 @@
-"""What channel mixers tell and ask of the training step: counters over a batch, losses that depend on the whole of it,
-buffers that change after an update."""
+"""What channel mixers, and the router of recursions, tell and ask of the training step: counters over a batch, losses
+that depend on the whole of it, buffers that change after an update."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from scalelab.models import recursion
 from scalelab.models.registry import CHANNELS, resolve
 from scalelab.models.spec import BlockSpec
 
@@ -53,14 +54,18 @@ def after_step(config: Any, params: Any, counted: dict[str, Any]) -> Any:
     """The parameters after an optimiser step on a batch with these counters: buffers move."""
     params = jax.tree.map(lambda a: a, params)  # dicts of its own
     for part, name, block in _channels(config):
-        own = params[part][name]["channel"]
-        own |= CHANNELS[block.channel].after_step(block.channel_options, own, _of(counted, part, name))
+        own, seen = params[part][name]["channel"], _of(counted, part, name)
+        if part == "period" and config.recursion.count > 1:  # a layer's counters are those of all its recursions
+            seen = {
+                key: jnp.sum(a.reshape(config.recursion.count, -1, *a.shape[1:]), axis=0) for key, a in seen.items()
+            }
+        own |= CHANNELS[block.channel].after_step(block.channel_options, own, seen)
     return params
 
 
 def summary(config: Any, counted: dict[str, Any]) -> dict[str, Any]:
-    """What to log of a batch with these counters: {"routing": {name: mean over layers, of "max_..." the largest},
-    "load": (layers, experts), first layer first}, or nothing where there is no router."""
+    """What to log of a batch with these counters: {"routing": {name: mean over layers, of "max_..." the largest, and
+    what `recursion.summary` says}, "load": (layers, experts), first layer of a pass first}, where there are any."""
     found: dict[str, list[tuple[int, Array]]] = {}
     for part, name, block in _channels(config):
         if seen := _of(counted, part, name):
@@ -69,8 +74,8 @@ def summary(config: Any, counted: dict[str, Any]) -> dict[str, Any]:
                 entries = found.setdefault(key, [])
                 entries += [(block.layer + block.stride * i, layers[i]) for i in range(layers.shape[0])]
     stacked = {key: jnp.stack([v for _, v in sorted(entries, key=lambda e: e[0])]) for key, entries in found.items()}
-    if not stacked:
-        return {}
-    load = stacked.pop("load")
+    load = {"load": stacked.pop("load")} if stacked else {}
     reduced = {key: jnp.max(v) if key.startswith("max") else jnp.mean(v) for key, v in stacked.items()}
-    return {"routing": reduced, "load": load}
+    if "recursion" in counted:
+        reduced |= recursion.summary(resolve(config).recursion, counted["recursion"])
+    return {"routing": reduced, **load} if reduced else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from scalelab.errors import BadInput
 from scalelab.models.block import Block
 from scalelab.models.layers import Norm, scaled, soft_cap
 from scalelab.models.parscale import Aggregator, spread
+from scalelab.models.recursion import Recursion, Rows
 from scalelab.models.registry import resolve
 from scalelab.models.spec import BlockSpec, Spec
 from scalelab.parametrization import Rule, Source, Tensor, rule, with_base
@@ -46,6 +48,8 @@ class LanguageModel(nnx.Module):
             self.final_norm = Norm(spec, None, draw)
         if spec.streams > 1:
             self.aggregator = Aggregator(spec, None, draw)
+        if spec.recursion.count > 1:
+            self.recursion = Recursion(spec, None, draw)
 
     @staticmethod
     def tensors(spec: Spec) -> dict[str, Any]:
@@ -60,6 +64,8 @@ class LanguageModel(nnx.Module):
             tree["final_norm"] = Norm.declared(spec, None)
         if spec.streams > 1:
             tree["aggregator"] = Aggregator.declared(spec, None)
+        if spec.recursion.count > 1:
+            tree["recursion"] = Recursion.declared(spec, None)
         return tree
 
     # -------------------------------------------------------------------------------- whole sequences
@@ -80,14 +86,15 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "#B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """What the head reads, and aux: {"loss": sum of the blocks' auxiliary losses, to be added to the training
-        loss; "prefix" | "period" | "suffix": {block: {"mixer" | "channel": its values}}, where there are any}."""
+        """What the head reads, and aux: {"loss": sum of the auxiliary losses, to be added to the training loss;
+        "prefix" | "period" | "suffix": {block: {"mixer" | "channel": its values}}, "recursion": its values, where there
+        are any}."""
         if positions is None:
             self._check_length(tokens.shape[1])
             positions = jnp.arange(tokens.shape[1])[None]
         x = self._embed(tokens, positions)
-        positions, segment_ids = self._rows(positions), spread(segment_ids, self.spec.streams)
-        x, _, aux = self._stack(x, None, lambda block, x, state: block(x, segment_ids, positions, state))
+        rows = spread(segment_ids, self.spec.streams), self._rows(positions)
+        x, _, aux = self._stack(x, rows, None, whole, train=self.spec.training)
         return self._final(x), aux
 
     def nll(
@@ -117,16 +124,17 @@ class LanguageModel(nnx.Module):
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> dict[str, Float[Array, "..."]]:
         """What a coordinate check looks at, float32: "embedding" (B, T, D), "blocks" (L, B, T, D), the residual stream
-        after every block in order, and "logits"."""
+        after every block in order, and "logits". Recursions select as they do outside of training; their last block
+        shows its output, not what of it is added."""
         positions = jnp.arange(tokens.shape[1])[None]
         embedding = x = self._embed(tokens, positions)
-        positions, segment_ids = self._rows(positions), spread(segment_ids, self.spec.streams)
+        rows = spread(segment_ids, self.spec.streams), self._rows(positions)
 
-        def look(block: Block, x: Array, state: Any) -> tuple[Array, None, dict[str, Array]]:
-            y = block(x, segment_ids, positions)[0]
+        def look(block: Block, x: Array, rows: Rows, state: Any) -> tuple[Array, None, dict[str, Array]]:
+            y = block(x, *rows)[0]
             return y, None, {"output": y}
 
-        x, _, seen = self._stack(x, None, look)
+        x, _, seen = self._stack(x, rows, None, look)
         layers: list[Any] = []
         for part in PARTS:
             outputs = [block["output"] for block in seen.get(part, {}).values()]
@@ -141,7 +149,8 @@ class LanguageModel(nnx.Module):
     # -------------------------------------------------------------------------------- token by token
 
     def init_state(self, batch: int, max_len: int) -> dict[str, Any]:
-        """What decoding carries: {"length": tokens seen, "prefix" | "period" | "suffix": {block: its state}}."""
+        """What decoding carries: {"length": tokens seen, "prefix" | "period" | "suffix": {block: its state}}, with
+        recursions under "period" what `Recursion.init_state` says."""
 
         self._check_length(max_len)
 
@@ -149,17 +158,23 @@ class LanguageModel(nnx.Module):
             one = {name: block.init_state(batch * self.spec.streams, max_len) for name, block in blocks.items()}
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (*lead, *a.shape)), one)
 
+        period = states(self.period, (self.spec.repeats,))
+        if self.spec.recursion.count > 1:
+            period = self.recursion.init_state(batch * self.spec.streams, period)
         return {
             "length": jnp.zeros((), jnp.int32),
             "prefix": states(self.prefix, ()),
-            "period": states(self.period, (self.spec.repeats,)),
+            "period": period,
             "suffix": states(self.suffix, ()),
         }
 
     def step(self, tokens: Int[Array, " B"], state: dict[str, Any]) -> tuple[Float[Array, "B V"], dict[str, Any]]:
         """One more token -> (logits of the one after it, state). Equals the same row of `__call__`."""
+        if self.spec.recursion.count > 1:  # its blocks must be told which tokens they see
+            logits, state = self.extend(tokens[:, None], state)
+            return logits[:, 0], state
         x = self._embed(tokens, state["length"])
-        x, after, _ = self._stack(x, state, lambda block, x, state: (*block.step(x, state), {}))
+        x, after, _ = self._stack(x, (None, None), state, lambda block, x, _, state: (*block.step(x, state), {}))
         return self._logits(self._final(x)), after | {"length": state["length"] + 1}
 
     def extend(
@@ -167,10 +182,8 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], dict[str, Any]]:
         """Many more tokens at once, such as a prompt -> (their logits, state)."""
         positions = state["length"] + jnp.arange(tokens.shape[1])[None]
-        segment_ids = spread(segment_ids, self.spec.streams)
-        x, after, _ = self._stack(
-            self._embed(tokens, positions), state, lambda block, x, state: block(x, segment_ids, positions, state)
-        )
+        rows = spread(segment_ids, self.spec.streams), positions
+        x, after, _ = self._stack(self._embed(tokens, positions), rows, state, whole)
         return self._logits(self._final(x)), after | {"length": state["length"] + tokens.shape[1]}
 
     # -------------------------------------------------------------------------------- pieces
@@ -205,29 +218,48 @@ class LanguageModel(nnx.Module):
         return soft_cap(jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32), self.spec.logit_cap)
 
     def _stack(
-        self, x: Array, state: dict[str, Any] | None, apply: Callable[[Block, Array, Any], tuple[Array, Any, Any]]
+        self,
+        x: Array,
+        rows: Rows,
+        state: dict[str, Any] | None,
+        apply: Callable[[Block, Array, Rows, Any], tuple[Array, Any, Any]],
+        *,
+        train: bool = False,
     ) -> tuple[Array, dict[str, Any], dict[str, Any]]:
-        """Runs the blocks: `apply(block, x, block's state) -> (x, state, aux)`. The period is a scan over its repeats,
-        so that the program stays as small as one period."""
+        """Runs the blocks: `apply(block, x, rows, block's state) -> (x, state, aux)`. The period is a scan over its
+        repeats, so that the program stays as small as one period; recursions are written out."""
 
-        def run(graphdef: Any, x: Array, xs: tuple[Any, Any]) -> tuple[Array, tuple[Any, Any]]:
+        def run(graphdef: Any, rows: Rows, x: Array, xs: tuple[Any, Any]) -> tuple[Array, tuple[Any, Any]]:
             params, states = xs
             after, aux = {}, {}
             for name, block in nnx.merge(graphdef, params).items():
-                x, after[name], block_aux = apply(block, x, states and states[name])
+                x, after[name], block_aux = apply(block, x, rows, states and states[name])
                 if block_aux:
                     aux[name] = block_aux
             return x, (after, aux)
 
+        def through(part: str, x: Array, rows: Rows, states: Any) -> tuple[Array, Any, Any]:
+            graphdef, params = nnx.split(getattr(self, part))
+            body = _remat(partial(run, graphdef, rows), self.spec.remat)
+            loop, xs = part == "period", (params, states)
+            x, (after, aux) = jax.lax.scan(body, x, xs, unroll=self.spec.unroll) if loop else body(x, xs)
+            return x, after, aux
+
         after, aux = {}, {}
         for part in PARTS:
-            graphdef, params = nnx.split(getattr(self, part))
-            body = _remat(lambda x, xs, graphdef=graphdef: run(graphdef, x, xs), self.spec.remat)
-            xs = (params, state and state[part])
-            loop = part == "period"
-            x, (after[part], aux[part]) = jax.lax.scan(body, x, xs, unroll=self.spec.unroll) if loop else body(x, xs)
+            states = state and state[part]
+            if part == "period" and self.spec.recursion.count > 1:
+                found = self.recursion(x, rows, states, partial(through, part), train=train)
+                x, after[part], aux[part], aux["recursion"] = found
+            else:
+                x, after[part], aux[part] = through(part, x, rows, states)
         aux = {part: values for part, values in aux.items() if values}
         return x, after, {"loss": _sum_of_losses(aux), **aux}
+
+
+def whole(block: Block, x: Array, rows: Rows, state: Any) -> tuple[Array, Any, Any]:
+    """A block on many tokens at once."""
+    return block(x, *rows, state)
 
 
 def _outer_tensors(spec: Spec) -> dict[str, Tensor]:

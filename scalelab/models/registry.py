@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from scalelab.errors import BadInput
+from scalelab.models import recursion
 from scalelab.models.attention import Attention
 from scalelab.models.delta import DeltaNet, GatedDeltaNet
 from scalelab.models.linear_attention import GLA, Lightning
@@ -16,7 +17,7 @@ from scalelab.models.mlp import MLP
 from scalelab.models.moe import MoE
 from scalelab.models.part import ChannelMixer, Mixer
 from scalelab.models.slstm import SLSTM
-from scalelab.models.spec import BlockSpec, Spec, options
+from scalelab.models.spec import BlockSpec, RecursionOptions, Spec, options
 from scalelab.models.xlstm import MLSTM, MLSTMUp
 from scalelab.parametrization import INITS, PARAMETRIZATIONS
 from scalelab.schema import at_least, between, choice
@@ -73,13 +74,16 @@ def resolve(config: Any) -> Spec:
     if rest or repeats < 1:
         what = f"{outside} (prefix and suffix) plus a multiple of {len(period)} (blocks)"
         raise BadInput("config.model.layers", config.layers, f"must be {what}, such as {outside + len(period)}")
+    recursions = options(RecursionOptions, config.recursion, {}, "config.model.recursion")
+    recursions = dataclasses.replace(recursions, capacities=tuple(recursions.capacities))
+    recursion.check(recursions, period)
     first, stride = len(prefix), len(period)
     prefix, period, suffix = (
         tuple(dataclasses.replace(block, layer=start + i, stride=step) for i, block in enumerate(blocks))
         for blocks, start, step in (
             (prefix, 0, 1),
             (period, first, stride),
-            (suffix, first + stride * repeats, 1),
+            (suffix, first + stride * repeats * recursions.count, 1),
         )
     )
     spec = Spec(
@@ -109,9 +113,13 @@ def resolve(config: Any) -> Spec:
         depth_scaled=False,
         embed_multiplier=1.0,
         logit_multiplier=1.0,
+        recursion=recursions,
     )
     if config.parametrization == "standard":
         return spec
+    if recursions.count > 1 and config.mup.base_layers <= outside:
+        remedy = f"must be above the {outside} layers of prefix and suffix, which the base model has too"
+        raise BadInput("config.model.mup.base_layers", config.mup.base_layers, remedy)
     return dataclasses.replace(
         spec,
         base=dataclasses.replace(spec, width=config.mup.base_width),

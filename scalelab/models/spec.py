@@ -26,8 +26,21 @@ class BlockSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecursionOptions:
+    """See `schema.LATER_SECTIONS`."""
+
+    count: int
+    capacities: tuple[float, ...]
+    alpha: float
+    temperature: float
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
-    """A stack is prefix + period * repeats + suffix. The other fields are those of the config, see `schema.base`."""
+    """A stack is prefix + period * repeats, as often as there are recursions, + suffix. The other fields are those of
+    the config, see `schema.base`. Depth, for initialisation and CompleteP, is that of a pass: layers that recursions
+    share count once a recursion (choice)."""
 
     vocab_size: int
     width: int
@@ -51,10 +64,11 @@ class Spec:
     stream_prefix: int
     stream_smoothing: float
     base: Spec | None  # the base model of muP and CompleteP, its width alone set: what tensors' fan-ins compare with
-    base_layers: int
+    base_layers: int  # as `model.layers`: those that recursions share once
     depth_scaled: bool  # CompleteP
     embed_multiplier: float
     logit_multiplier: float
+    recursion: RecursionOptions
     # Not of the model, but of the pass: whether it is a training one, how many devices share the batch, which
     # implementations of the kernels it takes (`pallas_kernels.dispatch`), the mesh where kernels are to be told of
     # those devices (`pallas_kernels.devices`), and how many of the repeats the program writes out one by one.
@@ -66,7 +80,12 @@ class Spec:
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
-        return self.prefix + self.period * self.repeats + self.suffix
+        """The layers of a pass, in order."""
+        return self.prefix + self.period * (self.repeats * self.recursion.count) + self.suffix
+
+    def applied(self, layers: int) -> int:
+        """Layers of a pass through a stack of `layers` with this prefix and suffix."""
+        return layers + (self.recursion.count - 1) * (layers - len(self.prefix) - len(self.suffix))
 
     def copies(self, part: str) -> int:
         """How often what is declared once under that top-level name is there."""
@@ -81,8 +100,9 @@ class Spec:
         branches, layers = sum(1 + (block.channel != "none") for block in self.blocks), len(self.blocks)
         if self.base is None:
             return Init(self.init_kind, self.init_std, self.width, branches, layers)
-        branches *= self.base_layers / layers
-        return Init(self.init_kind, self.init_std, self.base.width, branches, layers, self.base_layers)
+        base_layers = self.applied(self.base_layers)
+        branches *= base_layers / layers
+        return Init(self.init_kind, self.init_std, self.base.width, branches, layers, base_layers)
 
     @property
     def width_ratio(self) -> float:
@@ -92,7 +112,7 @@ class Spec:
     @property
     def depth_ratio(self) -> float:
         """m_L; 1 where depth is not scaled."""
-        return len(self.blocks) / self.base_layers if self.depth_scaled else 1.0
+        return len(self.blocks) / self.applied(self.base_layers) if self.depth_scaled else 1.0
 
     @property
     def residual_multiplier(self) -> float:

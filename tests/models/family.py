@@ -31,6 +31,11 @@ GATED = {
 SLSTM = ("slstm", "mlp")
 MOE = {"blocks": (("attention", "moe"),), "moe__experts": 5, "moe__top_k": 2, "moe__hidden": 12}
 LING = {"moe__router": "sigmoid", "moe__bias_rate": 0.001, "moe__scale": 2.5, "moe__shared": 1, "moe__experts": 6}
+MOR = {
+    "prefix": (("attention", "mlp", {"window": 3}),), "blocks": (("attention", "mlp"),),
+    "suffix": (("mamba2", "none"),), "layers": 4, "recursion__count": 2, "recursion__capacities": (1.0, 0.5),
+    "recursion__alpha": 2.0, **MAMBA2,
+}  # fmt: skip
 
 
 def smooth(**changes):
@@ -71,6 +76,19 @@ FAMILY = {
         parscale__prefix=2,
         **MAMBA2,
     ),
+    "mor": section(**MOR),
+    "mor_parscale": section(**MOR, parscale__streams=2, parscale__prefix=2),
+    "mor_moe": section(
+        **MOR
+        | MOE
+        | LING
+        | {
+            "blocks": (("attention", "mlp"), ("attention", "moe")),
+            "layers": 6,
+            "recursion__count": 3,
+            "recursion__capacities": (0.7, 0.7, 0.4),
+        },
+    ),
     "moe": section(**MOE),
     "moe_ling": section(**MOE | LING, prefix=(("attention", "mlp"),), layers=3, moe__groups=3, moe__top_groups=2),
     "moe_capacity": section(**MOE, moe__capacity=1.0, moe__lbl_scope="sequence", moe__normalise=False),
@@ -93,4 +111,4 @@ FAMILY = {
     ),
 }
 # Choices between experts jump along any line: their gradients are tested where choices are fixed (test_moe.py).
-PIECEWISE = {name for name in FAMILY if name.startswith("moe")}
+PIECEWISE = {name for name in FAMILY if "moe" in name}

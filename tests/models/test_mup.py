@@ -25,6 +25,7 @@ CLASSES = {
     "embed_norm": NORM,
     "final_norm": NORM,
     "aggregator": {"inward": "hidden", "inward_bias": "vector", "out": "hidden", "out_bias": "vector"},
+    "recursion": {"router": "hidden"},
     "norms": NORM,
     "stream": {"vector": "vector"},
     "attention": dict.fromkeys("qkv", "hidden") | {"out": "hidden"} | dict.fromkeys(
@@ -78,7 +79,7 @@ def named(config, tree):
 @each
 def test_every_tensor_has_the_rule_of_its_class(name):
     config = grown(name, times=2, deeper=3)
-    m_L = config.layers / FAMILY[name].layers
+    m_L = len(resolve(config).blocks) / len(resolve(FAMILY[name]).blocks)  # layers of a pass
     found = models.rules(config, decay_exponent=0.5)
     assert jax.tree.structure(found) == jax.tree.structure(models.abstract(config)[1])
     for place, tensor, part, mine in named(config, found):
@@ -94,9 +95,9 @@ def test_every_tensor_has_the_rule_of_its_class(name):
 def test_the_classes_are_those_of_all_mixers_and_of_all_their_options():
     everything = {"attention.bias": True, "attention.qk_norm": True, "mlp.bias": True, "norm": "layernorm",
                   "moe.shared": 1, "moe.bias_rate": 0.1, "gla.conv": 4, "parscale.streams": 2, "positions": 8,
-                  "tied_embeddings": False, "embed_norm": True, "mamba2.head_dim": 4}  # fmt: skip
+                  "tied_embeddings": False, "embed_norm": True, "mamba2.head_dim": 4, "recursion.count": 2}  # fmt: skip
     blocks = tuple((mixer, channel) for mixer in MIXERS for channel in CHANNELS)
-    config = override(section(), everything | {"blocks": blocks, "layers": len(blocks)})
+    config = override(section(), everything | {"prefix": blocks, "layers": len(blocks) + 1})
     seen: dict = {}
     for place, tensor, _, _ in named(config, models.roles(config)):
         seen.setdefault(place, set()).add(tensor)
