@@ -6,6 +6,7 @@ sizes.csv is what `scalelab bench coords --out` writes for each family, at the s
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,7 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
     axes = figure.subplots(2, 3)
     families = list(table["family"].unique())
     for row, along in enumerate(("width", "depth")):
@@ -61,14 +62,15 @@ def draw(table: pd.DataFrame) -> Figure:
                 for number, family in enumerate(families):
                     values = seen[family].dropna()
                     label = family if kind != "standard" else None
-                    ax.plot(values.index, values, color=f"C{number}", label=label, marker="o", markersize=3, **style)
+                    marks: dict[str, Any] = {"marker": "o" if number < 10 else "s", "markersize": 3}
+                    ax.plot(values.index, values, color=f"C{number}", label=label, **marks, **style)
             ax.set(xscale="log", yscale="log", title=f"{place}, over {along}", xlabel=AXIS[along])
             ticks = sorted(table.loc[table["along"] == along, AXIS[along]].unique())
             ax.set_xticks(ticks, [str(t) for t in ticks], minor=False)
             ax.tick_params(which="minor", labelbottom=False)
             ax.grid(alpha=0.3)
         axes[row, 0].set_ylabel(f"change after 4 steps\nbold: {UNDER[along]}, faint: standard")
-    axes[0, 0].legend(fontsize="x-small", ncols=2)
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return figure
 
 
