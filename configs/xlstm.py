@@ -3,9 +3,9 @@
     scalelab train --config=xlstm:size=s,steps=200
     scalelab train --config=configs/xlstm.py:params=1e6,data=my_corpus
 
-Arguments: size (xs | s | m | l: the recipe at widths 64 to 512 | 165m | 1.3b | 7b: the published shapes), or params
-(target without embeddings), steps, data, tokenizer, dtype as in `transformer`. mixer (mlstm | mlstm_up | slstm: the
-recipe alone): every layer's; `model.blocks` mixes them.
+Arguments: size (xs | s | m | l: the recipe at widths 64 to 512 | the published shapes, 165m | 1.3b | 7b, and with
+mixer=mlstm_up the 125m of the first paper's xLSTM[1:0]), or params (target without embeddings), steps, data, tokenizer,
+dtype as in `transformer`. mixer (mlstm | mlstm_up | slstm): every layer's; `model.blocks` mixes them.
 """
 
 from typing import Any
@@ -25,12 +25,16 @@ def _published(width: int, layers: int, heads: int, hidden: int, lr: float) -> d
 
 OWN = {"mixer": "mlstm"}
 PUBLISHED = {
-    "165m": _published(768, 12, 4, 2112, 1e-3),
-    "1.3b": _published(2048, 24, 4, 5504, 7e-4),
-    "7b": _published(4096, 32, 8, 10944, 5e-4),
+    "mlstm": {
+        "165m": _published(768, 12, 4, 2112, 1e-3),
+        "1.3b": _published(2048, 24, 4, 5504, 7e-4),
+        "7b": _published(4096, 32, 8, 10944, 5e-4),
+    },
+    # Also the recipe's shape: 24 blocks that have half of a Transformer layer's parameters each.
+    "mlstm_up": {"125m": {**recipe.xlstm(768, "mlstm_up"), "data.seq_len": 2048, "optim.lr": 1e-3}},
 }
 
 
 def get_config(arg: str = "") -> Config:
     mixer = parse_arg(arg, **OWN, **recipe.ARGUMENTS).mixer
-    return recipe.config("xlstm", arg, PUBLISHED if mixer == "mlstm" else {}, options={"mixer": mixer}, **OWN)
+    return recipe.config("xlstm", arg, PUBLISHED.get(mixer, {}), options={"mixer": mixer}, **OWN)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.delta_rule.xla import invert
 from scalelab import flops, models
-from scalelab.config import base, override
+from scalelab.config import base, load, override
 from scalelab.models.delta import inversion_flops
 from scalelab.models.registry import resolve
 
@@ -239,6 +239,15 @@ def test_paper_xlstm_by_hand():
     mlstm = 2 * D * E + E * (K + 1) + 12 * E + 2 * (3 * E * H + H) + 2 * E + E * D + D
     slstm = 2 * D + D * (K + 1) + 8 * D * (D // H) + 4 * D + D + 3 * D * F
     assert flops.counts(config).non_embedding == mlstm + slstm + D
+
+
+def test_the_first_papers_125m():
+    """xLSTM[1:0]: 24 blocks of width 768, 4 heads, by section 4.3."""
+    config = override(load("xlstm:mixer=mlstm_up,size=125m"), {"model.vocab_size": 256}).model
+    D, K, H = 768, 4, 4
+    E = 2 * D
+    block = 2 * D * E + E * (K + 1) + 12 * E + 2 * (3 * E * H + H) + 2 * E + E * D + D
+    assert flops.counts(config).non_embedding == 24 * block + D == 86_539_200
 
 
 def test_mamba_130m():
