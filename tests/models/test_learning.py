@@ -1,4 +1,4 @@
-"""Every family of the recipe trains: on the embedded corpus, below the entropy of its single bytes."""
+"""Every family of the recipe, and the first xLSTM's blocks, train: on the embedded corpus, below the entropy of its single bytes."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,16 @@ from scalelab import data, recipe, records, sweep, train
 from scalelab.config import base, finish
 
 IN_CI = ("transformer", "xlstm", "deltanet")
-EACH = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.study) for name in recipe.FAMILIES]
+PAPERS = ("xlstm:mixer=slstm", "xlstm:mixer=mlstm_up")
+EACH = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.study) for name in (*recipe.FAMILIES, *PAPERS)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", EACH)
 def test_a_family_learns_more_than_how_often_each_byte_occurs(family, tmp_path):
+    name, options = recipe.with_options(family)
     changes = {
-        **recipe.sized(family, 2e4), "model.compute_dtype": "float32", "data.seq_len": 64, "data.batch_size": 8,
+        **recipe.sized(name, 2e4, **options), "model.compute_dtype": "float32", "data.seq_len": 64, "data.batch_size": 8,
         "data.held_out_tokens": 16384, "train.steps": 100, "train.eval_every": 1.0,
     }  # fmt: skip
     conf = finish(base(), changes)
