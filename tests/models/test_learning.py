@@ -1,4 +1,5 @@
-"""Every family of the recipe, and the first xLSTM's blocks, train: on the embedded corpus, below the entropy of its single bytes."""
+"""Every family of the recipe, and the first xLSTM's blocks, train: on the embedded corpus, below the entropy of its
+single bytes."""
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ EACH = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.study) for
 def test_a_family_learns_more_than_how_often_each_byte_occurs(family, tmp_path):
     name, options = recipe.with_options(family)
     changes = {
-        **recipe.sized(name, 2e4, **options), "model.compute_dtype": "float32", "data.seq_len": 64, "data.batch_size": 8,
+        **recipe.sized(name, 2e4, **options),
+        "model.compute_dtype": "float32", "data.seq_len": 64, "data.batch_size": 8,
         "data.held_out_tokens": 16384, "train.steps": 100, "train.eval_every": 1.0,
     }  # fmt: skip
     conf = finish(base(), changes)
