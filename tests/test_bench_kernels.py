@@ -56,4 +56,15 @@ def test_utilisation_of_a_small_model(capsys):
     assert row.note == ""
     assert row.seconds > 0
     throughput.report([row], peak=2 * row.flops / row.seconds)
-    assert "50.0%" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "50.0%" in out
+    assert "plain XLA" not in out
+
+
+def test_what_fell_back_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "device", lambda: dispatch.Device("gpu", "NVIDIA A100", "8.0"))
+    row = throughput.measured("lightning", "auto", 5e3, rows=2, seq_len=32, packed=False)
+    assert row.plain == ("gated_recurrence",)
+    assert throughput.line(row, peak=1e12).endswith("; plain XLA: gated_recurrence")
+    throughput.report([row], peak=1e12)
+    assert "gated_recurrence" in capsys.readouterr().out

@@ -6,6 +6,7 @@ A model of each family, bfloat16, on random tokens. Utilisation is FLOPs of the 
 seconds, as a share of the rate of one large matrix product measured in the same run. `--torch` adds what a user would
 take instead: Llama of `transformers` at the Transformer's shape, with torch.compile, SDPA and a fused AdamW, in a
 process of its own before the others. Times are medians of rounds, queued and waited for once, with their range.
+Operations that fell back to plain XLA are named; why, says `bench kernels --list` or the warning of a run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pallas_kernels.dispatch import KERNELS
+from pallas_kernels import dispatch
 from scalelab import config, flops, recipe, sharding, train
 from scalelab.errors import BadInput
 from scalelab.schema import choice
@@ -53,6 +54,7 @@ class Row:
     tokens: int  # of a step
     flops: float  # of a step
     memory: float  # bytes of the compiled step beside its arguments
+    plain: tuple[str, ...] = ()  # operations passed over for plain XLA
     note: str = ""
 
 
@@ -63,7 +65,7 @@ def main(
     for family in names:
         recipe.shape(family, 64)
     for name in kernels:
-        choice("--kernels", name, KERNELS)
+        choice("--kernels", name, dispatch.KERNELS)
     console = Console(stderr=True)
     found = [peer(params, rows, seq_len)] if torch else []
     peak = matmul_rate()
@@ -98,8 +100,8 @@ def measured(family: str, kernels: str, params: float, rows: int, seq_len: int, 
     data = sharding.put_rows(data, trainer.mesh)
     rate = np.float32(1e-4)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what runs as plain XLA is said by `bench kernels --list`
+        with warnings.catch_warnings(), dispatch.listening() as heard:
+            warnings.simplefilter("ignore")
             state: Any = trainer.initial_state()
             step = trainer.step.lower(state, data, rate).compile()
             held: Any = [state]
@@ -110,6 +112,9 @@ def measured(family: str, kernels: str, params: float, rows: int, seq_len: int, 
 
             seconds, spread = median_seconds(run)
             memory = step.memory_analysis()
+            if kernels != "xla" and dispatch.device().platform != "cpu":
+                fallen = {op for op, choice in heard if choice.implementation == "xla" and choice.passed_over}
+                row["plain"] = tuple(sorted(fallen))
     except Exception as error:  # a family that fails is a row of the table, not the end of the run
         return Row(**row, seconds=np.nan, spread=np.nan, memory=np.nan, note=str(error).splitlines()[0][:90])
     finally:
@@ -148,7 +153,7 @@ def line(row: Row, peak: float) -> str:
     return (
         f"{row.family} ({row.kernels}): {1e3 * row.seconds:.1f} ms, {row.tokens / row.seconds:,.0f} tokens/s, "
         f"{row.flops / row.seconds / peak:.1%} of the peak"
-    )
+    ) + (f"; plain XLA: {', '.join(row.plain)}" if row.plain else "")
 
 
 def report(found: list[Row], peak: float) -> None:
@@ -160,8 +165,11 @@ def report(found: list[Row], peak: float) -> None:
     )  # fmt: skip
     table.add_column("family", no_wrap=True)
     table.add_column("kernels", no_wrap=True)
+    plain = any(r.plain for r in found)
     for column in ("parameters", "ms", "range", "tokens/s", "utilisation", "over Transformer", "temporary GB"):
         table.add_column(column, justify="right", no_wrap=True)
+    if plain:
+        table.add_column("plain XLA")
     base = next((r.flops / r.seconds for r in found if r.family == "transformer"), np.nan)
     for r in found:
         if r.note:
@@ -171,6 +179,7 @@ def report(found: list[Row], peak: float) -> None:
         table.add_row(
             r.family, r.kernels, f"{r.parameters:,}", f"{1e3 * r.seconds:.1f}", f"{1e3 * r.spread:.1f}",
             f"{r.tokens / r.seconds:,.0f}", f"{rate / peak:.1%}", f"{rate / base:.2f}", f"{r.memory / 1e9:.1f}",
+            *((", ".join(r.plain),) if plain else ()),
         )  # fmt: skip
     (out if out.is_terminal else Console(width=140)).print(table)
 
