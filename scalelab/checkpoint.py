@@ -6,8 +6,12 @@ finished run keeps `params` and `meta` of its last step. The step is the data po
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
 import pathlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -130,11 +134,11 @@ def load_params(folder: pathlib.Path, params: Any = None, say: Callable[[str], N
     """(step, parameters) of the newest sound checkpoint below a run's folder, for evaluation and sampling.
 
     `params` is their tree of ShapeDtypeStruct with shardings; without it the checkpoint's own shapes are taken, on the
-    first device. Reads only: unlike `Checkpoints.restore` it deletes nothing.
+    first device. Reads only: unlike `Checkpoints.restore` it deletes nothing. Says what it finds damaged.
     """
     if not (folder / "checkpoints").is_dir():
         return None
-    with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
+    with _quiet(), ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
                 wanted = _saved_shapes(manager.directory / str(step)) if params is None else params
@@ -146,6 +150,24 @@ def load_params(folder: pathlib.Path, params: Any = None, say: Callable[[str], N
             except Exception as error:
                 say(f"checkpoint of step {step} is damaged ({type(error).__name__}); trying the one before")
     return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of what Orbax prints where a checkpoint is damaged, or has no metadata file of its own kind: it leaves
+    coroutines that nobody waits for, which Python reports, hundreds of lines of them, when they are collected."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _saved_shapes(folder: Any) -> Any:

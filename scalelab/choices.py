@@ -70,7 +70,7 @@ def read(path: str, field: str = "--tasks") -> tuple[list[Question], str]:
 
 def _question(number: int, line: bytes, where: str) -> Question:
     try:
-        text = line.decode()
+        text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadInput(where, line[:60].decode(errors="replace"), f"is not JSON ({error})") from None

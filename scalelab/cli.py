@@ -392,17 +392,23 @@ def _numbers(option: str, text: str) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
+def _out(folder: str) -> pathlib.Path:
+    if not folder:  # it would be the current one
+        raise BadInput("--out", folder, "must name a folder")
+    return pathlib.Path(folder)
+
+
 def _export(args: argparse.Namespace) -> int:
     from scalelab.exchange import command
 
-    print(command.export_hf(pathlib.Path(args.path), pathlib.Path(args.out)))
+    print(command.export_hf(pathlib.Path(args.path), _out(args.out)))
     return DONE
 
 
 def _import(args: argparse.Namespace) -> int:
     from scalelab.exchange import command
 
-    print(command.import_hf(pathlib.Path(args.path), pathlib.Path(args.out)))
+    print(command.import_hf(pathlib.Path(args.path), _out(args.out)))
     return DONE
 
 

@@ -49,9 +49,13 @@ def load(folder: pathlib.Path) -> Opened:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = models.abstract(model)[1]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    found = load_params(folder, shapes, say)
+    damaged: list[str] = []
+    found = load_params(folder, shapes, damaged.append)
+    for message in damaged:
+        say(message)
     if found is None:
-        raise BadInput("run", str(folder), "has no weights (not trained yet, or checkpoint.final = nothing)")
+        remedy = "no checkpoint is sound" if damaged else "not trained yet, or checkpoint.final = nothing"
+        raise BadInput("run", str(folder), f"has no weights ({remedy})")
     return Opened(spec, tokenizer, model, found[1])
 
 

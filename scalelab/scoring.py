@@ -183,6 +183,8 @@ def _of_option(name: str, sets: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
+        if error.field == "config.data.seq_len":
+            raise BadInput("--context", error.value, error.remedy) from None
         if error.field == "--data" or name not in sets:
             raise
         raise BadInput("--data", sets[name], f"{error.field.removeprefix('config.')}: {error.remedy}") from None

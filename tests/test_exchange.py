@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from scalelab import cli, exchange, models, restore, train
-from scalelab.config import override
+from scalelab import cli, exchange, models, recipe, restore, train
+from scalelab.config import base, override
 from scalelab.errors import BadInput
 from scalelab.exchange.layout import stack
 from scalelab.models.registry import resolve
@@ -372,3 +372,26 @@ def test_a_run_goes_out_and_comes_back(tmp_path, capsys):
     assert cli.main(["export", str(tmp_path), "--out", str(tmp_path / "none")]) == 2
     assert cli.main(["import", str(tmp_path), "--out", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()
+    modes = {path.stat().st_mode for path in (tmp_path / "hf").iterdir() if path.name != "tokenizer.json"}
+    assert len(modes) == 1  # whoever may read the one may read the other
+    capsys.readouterr()
+    for command in ("export", "import"):
+        assert cli.main([command, str(tmp_path / "hf"), "--out", ""]) == 2
+        assert "--out = '': must name a folder" in capsys.readouterr().err
+
+
+def test_mup_goes_out_at_the_shape_of_its_base(tmp_path):
+    """There it is the standard parametrisation; beyond it has multipliers."""
+    small = recipe.shape("transformer", 32)
+    for width in (32, 64):
+        changes = recipe.transferred("mup", recipe.shape("transformer", width), small)
+        config = override(base(), {**changes, "model.vocab_size": 11, "model.compute_dtype": "float32"}).model
+        params = models.init(config, jax.random.key(0))
+        if width == 64:
+            with pytest.raises(BadInput, match="beyond its base's shape"):
+                exchange.to_hf(config, params, tmp_path / "wide")
+            continue
+        exchange.to_hf(config, params, tmp_path / "base")
+        tokens = jnp.asarray([[3, 1, 4, 1, 5]])
+        back = models.logits(*exchange.from_hf(tmp_path / "base"), tokens)
+        np.testing.assert_allclose(back, models.logits(config, params, tokens), rtol=1e-5, atol=1e-6)

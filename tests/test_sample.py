@@ -1,3 +1,7 @@
+import shutil
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,5 +61,38 @@ def test_what_cannot_be_sampled(run, tmp_path):
     with pytest.raises(BadInput, match="no run's folder"):
         list(sample.text(tmp_path))
     (tmp_path / "spec.json").write_text((folder / "spec.json").read_text())
-    with pytest.raises(BadInput, match="has no weights"):
+    with pytest.raises(BadInput, match=r"has no weights \(not trained yet"):
         list(sample.text(tmp_path))
+
+
+def test_a_damaged_checkpoint_is_said_in_two_lines(run, tmp_path):
+    """In a process of its own: what Orbax leaves behind is reported when Python ends."""
+    _, folder = run
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy" / "checkpoints").rglob("ocdbt.process_0/d/*"):
+        path.write_bytes(path.read_bytes()[:100])
+    command = [sys.executable, "-m", "scalelab", "sample", str(tmp_path / "copy")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    said = done.stderr.splitlines()
+    assert len(said) == 2, done.stderr
+    assert "is damaged" in said[0]
+    assert said[1].endswith("has no weights (no checkpoint is sound)")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([1, 2], r"tokens = 'int32\[2\]': must be whole numbers in rows"),
+        ([[0.5]], "must be whole numbers"),
+        ([[9999]], "tokens = 9999: must be from 0 to 256"),
+        ([[-1]], "must be from 0 to 256"),
+    ],
+)
+def test_logits_are_of_tokens_of_the_vocabulary(run, tokens, says):
+    spec, _ = run
+    model = models.with_vocabulary(spec.config.model, 257)
+    params = models.init(model, jax.random.key(0))
+    assert models.logits(model, params, [[1, 2, 3]]).shape == (1, 3, 257)
+    with pytest.raises(BadInput, match=says):
+        models.logits(model, params, tokens)

@@ -167,6 +167,12 @@ def test_bad_lines_are_named_by_number(tmp_path, line, says):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(QUESTIONS[0]) + "\n", encoding="utf-8-sig")
+    assert choices.read(str(path))[0][0].context == QUESTIONS[0]["context"]
+
+
 @pytest.mark.parametrize("context", [16, 50, 128])
 def test_a_context_is_one_pass_over_windows_of_its_length(opened, context):
     """Against documents taken apart by hand: each window from an empty state, documents apart; 50 and 128 are beyond
@@ -304,7 +310,7 @@ def test_bad_input_of_eval_is_one_line_and_status_2(run, tmp_path, capsys):
         (str(unfinished),): "has no finished run",
         (str(folder), "--context=many"): "--context = 'many': must be whole numbers",
         (str(folder), "--context=0"): "must be at least 1",
-        (str(folder), "--context=1000000"): "is longer than the training text",
+        (str(folder), "--context=1000000"): "--context = 1000000: is longer than the training text of text",
         (str(folder), "--data=/nowhere"): "no such file",
         (str(folder), f"--data={corpus},{corpus}"): "is the second of the name",
         (str(folder), "--data=synthetic:vocb=3"): "did you mean vocab",

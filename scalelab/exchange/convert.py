@@ -150,8 +150,8 @@ def to_hf(
     tokenizer.json). Above `shard_bytes` the weights are cut into several files and an index.
     """
     spec = resolve(config)
-    if spec.base is not None:
-        remedy = "cannot be exported: no class of transformers has its multipliers"
+    if spec.base is not None and not spec.at_base:
+        remedy = "cannot be exported beyond its base's shape: no class of transformers has its multipliers"
         raise BadInput("config.model.parametrization", config.parametrization, remedy)
     check_params(config, params)
     ours = Ours(spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -155,6 +156,8 @@ def save_weights(folder: pathlib.Path, entries: Sequence[Entry], shard_bytes: in
             assert {name: a.shape for name, a in made.items()} == dict(shapes), shapes
             arrays |= {name: np.ascontiguousarray(a, np.float32) for name, a in made.items()}
         save_file(arrays, folder / file, metadata={"format": "pt"})
+        os.umask(mask := os.umask(0))
+        (folder / file).chmod(0o666 & ~mask)  # as of any other file; safetensors makes it its owner's alone
         where |= dict.fromkeys(arrays, file)
         total += sum(a.nbytes for a in arrays.values())
     if len(shards) > 1:

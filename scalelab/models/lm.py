@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cross_entropy import cross_entropy
@@ -329,6 +330,14 @@ def abstract(config: Any, **way: Any) -> tuple[nnx.GraphDef, Params]:
 
 
 def logits(config: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """float32. Raises `BadInput` for what are no rows of tokens of the vocabulary."""
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise BadInput("tokens", f"{tokens.dtype}{list(tokens.shape)}", "must be whole numbers in rows (B, T)")
+    if not isinstance(tokens, Tracer) and tokens.size:  # the embedding would read others without a word
+        for extreme in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= extreme < config.vocab_size:
+                raise BadInput("tokens", extreme, f"must be from 0 to {config.vocab_size - 1}")
     return merge(abstract(config)[0], params)(tokens)
 
 

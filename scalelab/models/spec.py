@@ -115,6 +115,12 @@ class Spec:
         return len(self.blocks) / self.applied(self.base_layers) if self.depth_scaled else 1.0
 
     @property
+    def at_base(self) -> bool:
+        """Whether it has its base model's shape, where every parametrisation is the standard one."""
+        same = all((b.mixer_options, b.channel_options) == (b.mixer_base, b.channel_base) for b in self.blocks)
+        return self.width_ratio == 1 and self.depth_ratio == 1 and same
+
+    @property
     def residual_multiplier(self) -> float:
         return self.depth_ratio**-ALPHA
 
