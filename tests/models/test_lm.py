@@ -105,7 +105,8 @@ def test_no_gradient_from_the_future():
     model = models.merge(graphdef, params)
 
     def output(x):
-        return model._stack(x, None, lambda block, x, _: block(x, None, jnp.arange(8)[None]))[0][0, 4].sum()
+        rows = None, jnp.arange(8)[None]
+        return model._stack(x, rows, None, lambda block, x, rows, _: block(x, *rows))[0][0, 4].sum()
 
     gradient = jax.jit(jax.grad(output))(jax.random.normal(jax.random.key(0), (1, 8, 16)))
     assert not gradient[:, 5:].any()
