@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
@@ -335,7 +336,8 @@ def logits(config: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Arra
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise BadInput("tokens", f"{tokens.dtype}{list(tokens.shape)}", "must be whole numbers in rows (B, T)")
     if not isinstance(tokens, Tracer) and tokens.size:  # the embedding would read others without a word
-        for extreme in (int(tokens.min()), int(tokens.max())):
+        values = np.asarray(tokens)  # under a jit that closes over them, JAX would give tracers
+        for extreme in (int(values.min()), int(values.max())):
             if not 0 <= extreme < config.vocab_size:
                 raise BadInput("tokens", extreme, f"must be from 0 to {config.vocab_size - 1}")
     return merge(abstract(config)[0], params)(tokens)
