@@ -6,8 +6,9 @@ finished run keeps `params` and `meta` of its last step. The step is the data po
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import gc
+import functools
 import logging
 import pathlib
 import sys
@@ -138,7 +139,7 @@ def load_params(folder: pathlib.Path, params: Any = None, say: Callable[[str], N
     """
     if not (folder / "checkpoints").is_dir():
         return None
-    with _quiet(), ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
+    with _without_warnings(), ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
                 wanted = _saved_shapes(manager.directory / str(step)) if params is None else params
@@ -148,26 +149,36 @@ def load_params(folder: pathlib.Path, params: Any = None, say: Callable[[str], N
                     raise Damaged("checksum of the parameters differs")
                 return step, restored.params
             except Exception as error:
+                _forget_abandoned_reads()
                 say(f"checkpoint of step {step} is damaged ({type(error).__name__}); trying the one before")
     return None
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing of what Orbax prints where a checkpoint is damaged, or has no metadata file of its own kind: it leaves
-    coroutines that nobody waits for, which Python reports, hundreds of lines of them, when they are collected."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None
+def _without_warnings() -> Iterator[None]:
+    """Nothing of what Orbax logs where a checkpoint is damaged, or was left without a metadata file of its own."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
-        gc.collect()
     finally:
-        sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(level)
+
+
+@functools.cache
+def _forget_abandoned_reads() -> None:
+    """From here on neither Python nor asyncio reports coroutines that nobody waited for. Where one array of a checkpoint
+    is damaged Orbax leaves the reads of the others so, and they are found at any time later, hundreds of lines of them.
+    (What its threads in C++ print themselves, a few lines now and then, is beyond reach.)"""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def others(found: Any) -> None:
+        if not asyncio.iscoroutine(found.object) and str(found.exc_value) != "Event loop is closed":
+            report(found)
+
+    sys.unraisablehook = others
 
 
 def _saved_shapes(folder: Any) -> Any:
