@@ -168,8 +168,8 @@ def _without_warnings() -> Iterator[None]:
 
 @functools.cache
 def _forget_abandoned_reads() -> None:
-    """From here on neither Python nor asyncio reports coroutines that nobody waited for. Where one array of a checkpoint
-    is damaged Orbax leaves the reads of the others so, and they are found at any time later, hundreds of lines of them.
+    """From here on neither Python nor asyncio reports coroutines that nobody waited for. Where one array of a
+    checkpoint is damaged Orbax leaves the reads of the others so: hundreds of lines, at any time later.
     (What its threads in C++ print themselves, a few lines now and then, is beyond reach.)"""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     report = sys.unraisablehook
