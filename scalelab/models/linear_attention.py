@@ -29,7 +29,7 @@ from pallas_kernels import gated_recurrence, gla
 from scalelab.errors import BadInput
 from scalelab.models.layers import linear, linears, pointwise, rms_norm
 from scalelab.models.part import Mixer
-from scalelab.models.sequence import beginnings, no_past, short_convs
+from scalelab.models.sequence import beginnings, no_past, short_conv
 from scalelab.models.spec import Flops, Spec
 from scalelab.parametrization import Depth, Tensor, uniform
 from scalelab.schema import at_least
@@ -91,7 +91,7 @@ class LinearMixer(Mixer):
         after = {"segment": before["segment"] if segment_ids is None else segment_ids[:, -1]}
         qkv = linears(x, self.weight("qkv"), sizes.keys, sizes.keys, sizes.values)
         if sizes.conv:
-            qkv, after["conv"], after["conv_segments"] = short_convs(
+            qkv, after["conv"], after["conv_segments"] = short_conv(
                 qkv, self.exact("conv"), None, before["conv"], segment_ids, before["conv_segments"], self.activation
             )
         else:

@@ -30,7 +30,7 @@ from pallas_kernels import gated_recurrence, selective_scan
 from scalelab.errors import BadInput
 from scalelab.models.layers import linear, linears, pointwise
 from scalelab.models.part import Mixer
-from scalelab.models.sequence import beginnings, no_past, short_conv, short_convs
+from scalelab.models.sequence import beginnings, no_past, short_conv
 from scalelab.models.spec import Flops, Spec
 from scalelab.parametrization import Depth, Tensor, between, constant, uniform
 from scalelab.schema import at_least
@@ -111,8 +111,8 @@ class Mamba(Mixer):
         before = state or self.init_state(x.shape[0], x.shape[1])
         E, R = self.sizes(self.spec, o)
         u, z = linears(x, self.weight("inward"), E, E)
-        u, past, past_segments = short_conv(
-            u, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
+        (u,), past, past_segments = short_conv(
+            [u], self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
         rank, B, C = jnp.split(linear(u, self.weight("x")), [R, R + o.state], axis=-1)
         dt = step_sizes(linear(rank, self.weight("dt")), self.exact("dt_bias"))
@@ -258,7 +258,7 @@ class Mamba2(Mixer):
         before = state or self.init_state(B, T)
         keys = o.groups * o.state
         z, *inner = linears(x, self.weight("inward"), E, E, keys, keys)
-        (u, k, q), past, past_segments = short_convs(
+        (u, k, q), past, past_segments = short_conv(
             inner, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
         u = u.reshape(B, T, H, o.head_dim)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 F32 = jnp.float32
 
 
-def short_convs(
+def short_conv(
     parts: Sequence[Float[Array, "B T _"]],
     taps: Float[Array, "K E"],
     bias: Float[Array, " E"] | None,
@@ -23,40 +23,24 @@ def short_convs(
     past_segments: Int[Array, "B K-1"],
     activation: Callable[[Array], Array] = jax.nn.silu,
 ) -> tuple[list[Array], Float[Array, "B K-1 E"], Int[Array, "B K-1"]]:
-    """`short_conv` of arrays whose channels, one after the other, are those of the taps: what is used apart need not
-    be written together."""
-    cuts = np.cumsum([part.shape[-1] for part in parts[:-1]])
-    biases = [None] * len(parts) if bias is None else jnp.split(bias, cuts)
-    done = [
-        short_conv(x, taps, bias, past, segments, past_segments, activation)
-        for x, taps, bias, past in zip(
-            parts, jnp.split(taps, cuts, axis=1), biases, jnp.split(past, cuts, axis=2), strict=True
-        )
-    ]
-    ys, pasts, [last, *_] = zip(*done, strict=True)
-    return list(ys), jnp.concatenate(pasts, axis=-1), last
-
-
-def short_conv(
-    x: Float[Array, "B T E"],
-    taps: Float[Array, "K E"],
-    bias: Float[Array, " E"] | None,
-    past: Float[Array, "B K-1 E"],
-    segments: Int[Array, "B T"] | None,
-    past_segments: Int[Array, "B K-1"],
-    activation: Callable[[Array], Array] = jax.nn.silu,
-) -> tuple[Float[Array, "B T E"], Float[Array, "B K-1 E"], Int[Array, "B K-1"]]:
     """y_t = activation(bias + sum_j taps_j x_{t-K+1+j}), per channel; the last tap takes the current token. Taps that
-    would reach into another document are left out. Returns y (x's dtype, summed in float32) and the last K - 1 inputs
-    with their segments, which are what the next tokens need. Of the inside nothing is kept for the backward pass."""
-    K, T = taps.shape[0], x.shape[1]
-    padded = jnp.concatenate([past.astype(x.dtype), x], axis=1)
+    would reach into another document are left out. The channels of `parts`, one after the other, are the E: what is
+    used apart need not be written together. Returns y of each part (its dtype, summed in float32) and the last K - 1
+    inputs with their segments, which are what the next tokens need. Of the inside nothing is kept for the backward
+    pass."""
+    (K, E), (B, T, _) = taps.shape, parts[0].shape
     if segments is None:
-        segments = jnp.broadcast_to(past_segments[:, -1:] if K > 1 else 0, x.shape[:2])
-    padded_segments = jnp.concatenate([past_segments, segments], axis=1)
-    seen = jnp.stack([padded_segments[:, j : j + T] == segments for j in range(K)])[..., None]
-    bias = jnp.zeros(x.shape[-1], F32) if bias is None else bias
-    return _convolve(activation, padded, taps, bias, seen), padded[:, T:], padded_segments[:, T:]
+        segments = jnp.broadcast_to(past_segments[:, -1:] if K > 1 else 0, (B, T))
+    all_segments = jnp.concatenate([past_segments, segments], axis=1)
+    seen = jnp.stack([all_segments[:, j : j + T] == segments for j in range(K)])[..., None]
+    bias = jnp.zeros(E, F32) if bias is None else bias
+    cuts = np.cumsum([x.shape[-1] for x in parts[:-1]])
+    pasts, ys = [], []
+    for x, *own in zip(parts, *(jnp.split(a, cuts, axis=-1) for a in (past, taps, bias)), strict=True):
+        padded = jnp.concatenate([own[0].astype(x.dtype), x], axis=1)
+        pasts.append(padded[:, T:])
+        ys.append(_convolve(activation, padded, *own[1:], seen))
+    return ys, jnp.concatenate(pasts, axis=-1), all_segments[:, T:]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

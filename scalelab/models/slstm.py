@@ -94,8 +94,8 @@ class SLSTM(Mixer):
     ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None, dict[str, Any]]:
         (B, T, D), H = x.shape, self.options.heads
         before = state or self.init_state(B, T)
-        c, past, past_segments = short_conv(
-            x, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
+        (c,), past, past_segments = short_conv(
+            [x], self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
         inputs = [
             jnp.einsum("bthd,hde->bthe", a.reshape(B, T, H, D // H), self.weight(gate)).astype(jnp.float32)

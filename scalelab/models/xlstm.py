@@ -282,8 +282,8 @@ class MLSTMUp(Mixer):
         E, H = o.expand * D, o.heads
         before = state or self.init_state(B, T)
         u, z = linears(x, self.weight("up"), E, E)
-        c, past, past_segments = short_conv(
-            u, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
+        (c,), past, past_segments = short_conv(
+            [u], self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
         q, k, v = (block_diagonal(a, self.weight(name)) for a, name in ((c, "q"), (c, "k"), (u, "v")))
         qkv = jnp.concatenate([q, k, v], axis=-1).astype(jnp.float32)
