@@ -30,7 +30,13 @@ def test_what_no_device_has_run_yet_is_measured_where_it_can_be(monkeypatch):
     for op in ("gla", "gated_recurrence"):
         case = next(case for case in cases.all_cases("gpu") if case.op == op)
         assert list(kernels.runnable(case)) == ["xla", "mosaic_gpu"]
-    assert kernels.choice(case, "auto").implementation == "mosaic_gpu"
+    assert kernels.choices(case)[case.op].implementation == "mosaic_gpu"
+    monkeypatch.setattr(
+        dispatch, "UNMEASURED", {("delta_chunks", "mosaic_gpu")}
+    )  # a part of an operation that has been
+    case = next(case for case in cases.all_cases("gpu") if case.op == "delta_rule")
+    assert list(kernels.runnable(case)) == ["xla", "mosaic_gpu", "auto"]
+    assert kernels.choices(case)["delta_chunks"].implementation == "xla"
 
 
 def test_a_row_of_measurements(capsys):

@@ -86,13 +86,13 @@ def _recurrence(form: Form, *arguments: Any) -> Any:
 def _forward(
     form: Form, q: Array, k: Array, v: Array, log_decay: Array, weight: Array | None, state: Array, reset: Array | None
 ) -> Any:
-    swept = form.sweep(q, k, v, _gates(log_decay, weight, reset, form.L), state)
+    swept = form.sweep(q, k, v, gates_of(log_decay, weight, reset, form.L), state)
     return (swept["out"], swept["final"]), (q, k, v, log_decay, weight, state, reset)
 
 
 def _backward(form: Form, kept: Any, cotangents: Any) -> Any:
     q, k, v, log_decay, weight, state, reset = kept
-    gates = _gates(log_decay, weight, reset, form.L)
+    gates = gates_of(log_decay, weight, reset, form.L)
     d_q, along_k, d_k, d_v, d_log_decay, d_state = gradients(form, q, k, v, gates, state, *cotangents)
     d_log_decay, along_k = (jnp.moveaxis(a[..., : v.shape[1]], 1, 2) for a in (d_log_decay, along_k))
     # of the logarithm of w: what a token wrote is proportional to w and to k alike
@@ -139,7 +139,7 @@ def gradients(
     if shares is not None:
         cross += jnp.sum(shares[0] * shares[1], axis=-1)
     d_log_decay = _decay_gradient(gates["carried"], q_sums, k_sums, cross)
-    return _of_groups(d_q["out"], q), k_sums.sum(axis=2), _of_groups(d_k["out"], k), d_v, d_log_decay, d_state
+    return of_groups(d_q["out"], q), k_sums.sum(axis=2), of_groups(d_k["out"], k), d_v, d_log_decay, d_state
 
 
 def padded(a: Array, unit: int, fill: float = 0.0) -> Array:
@@ -160,7 +160,7 @@ def chunked(a: Array, L: int) -> Array:
     return jnp.moveaxis(a.reshape(a.shape[0], -1, L, *a.shape[2:]), (1, 2), (-2, -1))
 
 
-def _gates(log_decay: Array, weight: Array | None, reset: Array | None, L: int) -> Gates:
+def gates_of(log_decay: Array, weight: Array | None, reset: Array | None, L: int) -> Gates:
     """`weight`: log2 of it."""
     b = jnp.cumsum(chunked(log_decay, L), axis=-1)  # (B, H, C, L), inclusive
     entering, left = jnp.exp(b), jnp.exp(b[..., -1:] - b)
@@ -198,7 +198,7 @@ def _decay_gradient(carried: Array, q_sums: Array, k_sums: Array, cross: Array) 
     return (d + across[..., None]).reshape(carried.shape)
 
 
-def _of_groups(d: Array, like: Array) -> Array:
+def of_groups(d: Array, like: Array) -> Array:
     """Sums over the heads that share a key."""
     if d.shape == like.shape:
         return d

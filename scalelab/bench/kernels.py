@@ -76,20 +76,21 @@ def main(ops: Sequence[str], listing: bool, torch: bool, dtype: str) -> int:
 # ------------------------------------------------------------------------------------ which
 
 
-def choice(case: cases.Case, kernels: str = "auto") -> dispatch.Choice:
-    """What `dispatch` says of a case, from shapes alone."""
+def choices(case: cases.Case) -> dict[str, dispatch.Choice]:
+    """What `dispatch` says under "auto" of a case's operation and of its parts, from shapes alone."""
     with dispatch.listening() as heard:
-        jax.eval_shape(lambda *a: case.run(kernels)(*a), *case.shapes)
-    return next(found for op, found in heard if op == case.op)
+        jax.eval_shape(lambda *a: case.run("auto")(*a), *case.shapes)
+    return {op: found for op, found in heard if op == case.op} | dict(heard)
 
 
 def runnable(case: cases.Case) -> Iterator[str]:
     """The plain form, what waits for its first measurement here, and what "auto" takes where that is another."""
-    found = choice(case)
+    found = choices(case)
     yield "xla"
-    yield from (name for name, reason in found.passed_over if reason == dispatch.NOT_MEASURED)
-    if found.implementation != "xla":
-        yield found.implementation
+    passed_over = [pair for choice in found.values() for pair in choice.passed_over]
+    yield from (waiting := dict.fromkeys(name for name, reason in passed_over if reason == dispatch.NOT_MEASURED))
+    if (chosen := found[case.op].implementation) != "xla":
+        yield "auto" if chosen in waiting else chosen  # by its name it would be with the part that waits
 
 
 def list_choices(wanted: Sequence[cases.Case]) -> int:
@@ -100,9 +101,10 @@ def list_choices(wanted: Sequence[cases.Case]) -> int:
     table.add_column("runs", no_wrap=True)
     table.add_column("why not a faster one")
     for case in wanted:
-        found = choice(case)
-        why = "; ".join(f"{name}: {reason}" for name, reason in found.passed_over)
-        table.add_row(case.op, case.name, found.implementation, why or ("" if found.implementation != "xla" else "-"))
+        for op, found in choices(case).items():
+            why = "; ".join(f"{name}: {reason}" for name, reason in found.passed_over)
+            shape = case.name if op == case.op else f"a part of {case.op}"
+            table.add_row(op, shape, found.implementation, why or ("" if found.implementation != "xla" else "-"))
     out = Console()
     (out if out.is_terminal else Console(width=160)).print(table)
     return 0
