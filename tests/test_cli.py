@@ -237,7 +237,7 @@ def test_sigterm_cannot_be_swallowed():
     [
         ("import scalelab", ("jax", "numpy", "pandas")),
         ("import scalelab.laws", ("jax", "flax", "matplotlib", "scipy.optimize")),
-        ("import scalelab.cli; scalelab.cli._parser()", ("jax", "pandas", "rich")),
+        ("import scalelab.cli; scalelab.cli.flags.parser()", ("jax", "pandas", "rich")),
     ],
 )
 def test_imports_stay_light(code, without):
