@@ -1,0 +1,174 @@
+"""Every form of every recurrence and of the experts' products, over shapes and inputs that hypothesis draws, against
+the definition in float32: values and all gradients. Cross-entropy has its own."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import compat, dispatch, mlstm, slstm
+from pallas_kernels.delta_rule import delta_rule
+from pallas_kernels.gated_recurrence import gated_recurrence
+from pallas_kernels.gla import gla
+from pallas_kernels.grouped_matmul import ragged_matmul
+from pallas_kernels.selective_scan import selective_scan
+from tests.pallas_kernels import kernel_checks as checks
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+UNITS = {"mosaic_gpu": 64, "mosaic_tpu": 128, "xla": 32}  # tokens of a chunk: up to a few more than two are drawn
+WIDTHS = {"xla": [5, 6], "mosaic_gpu": [16, 48], "mosaic_tpu": [128]}  # of experts' matrices
+UNIT_HEADS = {"xla": [3, 8], "mosaic_gpu": [64], "mosaic_tpu": [3, 8]}  # of sLSTM
+
+
+class Draw:
+    """Arrays of one example: shapes by hypothesis, numbers from its seed."""
+
+    def __init__(self, data, kernels):
+        self.one, self.kernels = data.draw, kernels
+        self.rng = np.random.default_rng(self.one(st.integers(0, 2**16), "seed"))
+        self.B, self.T = self.one(st.integers(1, 2), "B"), self.one(st.integers(1, 2 * UNITS[kernels] + 9), "T")
+        self.G, self.H = self.one(st.sampled_from([(1, 1), (1, 2), (2, 2)]), "G, H")
+        self.dk, self.dv = self.one(st.integers(1, 9), "dk"), self.one(st.integers(1, 9), "dv")
+        self.dtype = BF16 if kernels == "mosaic_gpu" else self.one(st.sampled_from([F32, BF16]), "dtype")
+        self.gates = self.one(st.sampled_from(sorted(checks.GATES)), "gates")
+        often = self.one(st.sampled_from([0.0, 0.05, 0.5]), "documents")
+        self.reset = jnp.asarray(self.rng.random((self.B, self.T)) < often) if often else None
+        # the kernels' chunks are as long as they are
+        chunk = self.one(st.sampled_from([1, 2, 8, 32]), "chunk") if kernels == "xla" else 0
+        self.how = {"chunk": chunk} if chunk else {}
+
+    def normal(self, *shape, dtype=F32, scale=1.0, mean=0.0):
+        return jnp.asarray(self.rng.normal(mean, scale, size=shape), dtype)
+
+    def keys(self, heads, **more):
+        return self.normal(self.B, self.T, heads, self.dk, dtype=self.dtype, scale=self.dk**-0.5, **more)
+
+    def values(self):
+        return self.normal(self.B, self.T, self.H, self.dv, dtype=self.dtype)
+
+    def decays(self, *more):
+        return jnp.float32(self.rng.uniform(*checks.GATES[self.gates], size=(self.B, self.T, self.H, *more)))
+
+    def state(self):
+        return self.normal(self.B, self.H, self.dk, self.dv)
+
+    def uniform(self, low, high, *shape):
+        return jnp.float32(self.rng.uniform(low, high, size=shape))
+
+
+# Each: (operation of (*arrays, kernels=), arrays).
+
+
+def of_gated_recurrence(d):
+    q, k, v, g, state = d.keys(d.G), d.keys(d.G), d.values(), d.decays(), d.state()
+    weight = [jnp.exp(d.uniform(-9, 1, *g.shape))] if d.one(st.booleans(), "weight") else []
+
+    def run(q, k, v, g, state, weight=None, *, kernels):
+        return gated_recurrence(q, k, v, g, state, d.reset, weight, kernels=kernels, **d.how)
+
+    return run, (q, k, v, g, state, *weight)
+
+
+def of_gla(d):
+    def run(q, k, v, g, state, *, kernels):
+        return gla(q, k, v, g, state, d.reset, kernels=kernels, **d.how)
+
+    return run, (d.keys(d.H), d.keys(d.H), d.values(), d.decays(d.dk), d.state())
+
+
+def of_delta_rule(d):
+    k = d.normal(d.B, d.T, d.G, d.dk)
+    if d.one(st.booleans(), "one key"):
+        k = jnp.broadcast_to(k[:, :1], k.shape)
+    k = (k / jnp.linalg.norm(k, axis=-1, keepdims=True)).astype(d.dtype)
+    beta = d.uniform(0, d.one(st.sampled_from([1.0, 2.0]), "highest beta"), d.B, d.T, d.H)
+    decays = [d.decays()] if d.one(st.booleans(), "decays") else []
+
+    def run(q, k, v, beta, state, g=None, *, kernels):
+        return delta_rule(q, k, v, beta, g, state, d.reset, kernels=kernels, **d.how)
+
+    return run, (d.keys(d.G), k, d.values(), beta, d.state(), *decays)
+
+
+def of_mlstm(d):
+    """Queries and keys have a mean, so that the normaliser stays away from 0, where products of rounded numbers would
+    be lost."""
+    i, f = d.uniform(-9, 3, d.B, d.T, d.H), d.uniform(-4, 6, d.B, d.T, d.H)
+    q, k = (d.keys(d.H, mean=1.0) for _ in range(2))
+
+    def run(q, k, v, i, f, C, n, *, kernels):
+        h, after = mlstm.mlstm(q, k, v, i, f, mlstm.State(C, n, m), d.reset, kernels=kernels, **d.how)
+        return h, after.C, after.n
+
+    m = d.normal(d.B, d.H)
+    return run, (q, k, d.values(), i, f, d.state(), d.normal(d.B, d.H, d.dk, mean=2.0))
+
+
+def of_selective_scan(d):
+    E, N = d.dk, d.one(st.sampled_from([1, 5, 16]), "N")
+    low, high = d.one(st.sampled_from([(1e-3, 1.0), (5.0, 60.0), (0.0, 1e-6)]), "steps")
+    u, B, C = (d.normal(d.B, d.T, n, dtype=d.dtype) for n in (E, N, N))
+
+    def run(u, dt, A, B, C, state, *, kernels):
+        return selective_scan(u, dt, A, B, C, state, d.reset, kernels=kernels, **d.how)
+
+    return run, (u, d.uniform(low, high, d.B, d.T, E), -d.uniform(0.3, 3, E, N), B, C, d.normal(d.B, E, N))
+
+
+def of_slstm(d):
+    """R as the kernel for GPUs rounds it. m is a constant to the backward pass."""
+    n, T = d.one(st.sampled_from(UNIT_HEADS[d.kernels]), "d"), min(d.T, 40)
+    R = d.normal(4, d.H, n, n, scale=n**-0.5).astype(BF16).astype(F32)
+    h, c, m = (d.normal(d.B, d.H, n) for _ in range(3))
+    reset = None if d.reset is None else d.reset[:, :T]
+
+    def run(gates, R, h, c, n, *, kernels):
+        out, after = slstm.slstm(gates, R, slstm.State(h, c, n, m), reset, kernels=kernels)
+        return out, after.c, after.n
+
+    return run, (d.normal(d.B, T, d.H, 4, n), R, h, c, jnp.abs(c) + 1)
+
+
+def of_ragged_matmul(d):
+    """Empty groups, and rows that belong to none."""
+    groups = d.one(st.integers(1, 5), "groups")
+    sizes = jnp.asarray(d.one(st.lists(st.integers(0, 40), min_size=groups, max_size=groups), "sizes"), jnp.int32)
+    rows = max(1, int(sizes.sum()) + d.one(st.integers(0, 9), "rest"))
+    D, F = (d.one(st.sampled_from(WIDTHS[d.kernels]), name) for name in "DF")
+
+    def run(x, w, *, kernels):
+        return (ragged_matmul(x, w, sizes, kernels=kernels),)
+
+    return run, (d.normal(rows, D, dtype=d.dtype), d.normal(groups, D, F, dtype=d.dtype, scale=D**-0.5))
+
+
+OPS = {
+    f.__name__.removeprefix("of_"): f
+    for f in (of_gated_recurrence, of_gla, of_delta_rule, of_mlstm, of_selective_scan, of_slstm, of_ragged_matmul)
+}
+
+
+def equals_the_definition(op, kernels, data):
+    draw = Draw(data, kernels)
+    run, arrays = OPS[op](draw)
+    like = jax.eval_shape(partial(run, kernels="reference"), *arrays)
+    cotangents = tuple(draw.normal(*a.shape, dtype=a.dtype) for a in like)
+    with dispatch.interpreted():
+        got = checks.values_and_gradients(partial(run, kernels=kernels), arrays, cotangents, kernels)
+    exact = jax.tree.map(lambda a: a.astype(F32), (arrays, cotangents))
+    want = checks.values_and_gradients(partial(run, kernels="reference"), *exact, "reference")
+    rounded = any(a.dtype == BF16 for a in arrays)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        size = max(float(jnp.linalg.norm(b)), 1e-2)
+        assert checks.distance(a, b) <= (4e-2 if rounded else 3e-4) * size, (i, checks.distance(a, b) / size)
+
+
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_the_plain_form(op, data):
+    equals_the_definition(op, "xla", data)
