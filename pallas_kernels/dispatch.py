@@ -19,14 +19,14 @@ import dataclasses
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 DEVICES = {"mosaic_gpu": "gpu", "cudnn": "gpu", "mosaic_tpu": "tpu", "splash": "tpu"}
 KERNELS = ("auto", "xla", "reference", *DEVICES)  # what `kernels` may be
 MODULES = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}  # of an operation's folder, that hold these forms
 # (operation, form) that was interpreted and compiled, but never ran on a device
-RECURRENCES = ("gated_recurrence", "mlstm", "selective_scan", "slstm")
+RECURRENCES = ("delta_rule", "gated_recurrence", "gla", "mlstm", "selective_scan", "slstm")
 UNMEASURED = {(op, "mosaic_tpu") for op in RECURRENCES} | {("delta_chunks", "mosaic_gpu")}
 NOT_MEASURED = "has not been measured on a device yet: name it to use it"
 
@@ -84,7 +84,7 @@ def form(op: str, name: str) -> Any:
     return importlib.import_module(f"pallas_kernels.{op}.{MODULES[name]}")
 
 
-def refusals(op: str, *arguments: Any, names: Sequence[str] = tuple(MODULES)) -> dict[str, Refusal]:
+def refusals(op: str, *arguments: Any) -> dict[str, Refusal]:
     """An operation's forms, each with what its own `refusal` says of the arguments."""
 
     def refusal(name: str) -> str:
@@ -93,7 +93,7 @@ def refusals(op: str, *arguments: Any, names: Sequence[str] = tuple(MODULES)) ->
         lacking = compat.without_mosaic_gpu() if name == "mosaic_gpu" else ""
         return lacking or form(op, name).refusal(*arguments)
 
-    return {name: functools.partial(refusal, name) for name in names}
+    return {name: functools.partial(refusal, name) for name in MODULES}
 
 
 def choose(op: str, kernels: str, forms: Mapping[str, Refusal], plain_is_fast: bool = False) -> str:

@@ -48,6 +48,9 @@ RECURRENT = {
     "mamba": {},
     "mamba2": {},
     "lightning": {},
+    "gla": {},
+    "deltanet": {},
+    "gated_deltanet": {},
     "xlstm": {"model.blocks": (("mlstm", "mlp"), ("slstm", "mlp"))},
 }
 

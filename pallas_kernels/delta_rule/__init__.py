@@ -30,16 +30,18 @@ def delta_rule(
     Precision: beta, g, its sums and exponentials, the triangular system and the states are float32; products take
     their operands in v's dtype and accumulate in float32. Only exponentials of non-positive numbers are formed.
     FLOPs per token and head, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: 2 c (3 dk + 2 dv) + 6
-    dk dv + Q^2 / 3. Both forms run everything in the full square, per token G 4 dk Q + H (2 Q (dk + 2 dv) + 6 dk dv +
-    I), where I is 2 Q (Q - 1) for a Q up to 16 or odd and Q^2 / 2 more than that of Q / 2 for others; they pad T to
-    whole chunks. On Hopper Q is 64, whatever `chunk` says, and where a kernel works the chunks out (`chunks.py`), the
-    system's numbers are two of bfloat16 each, 16 bits, and it all takes H (8 Q dk + 6 Q dv + 6 dk dv + 60 Q^2).
-    Memory between the passes, plain: T Q (2 G + 4 H) numbers a row, 3 copies of k and v, and T / Q states; on Hopper
-    the inputs and, a head, T (3 dk + dv + Q) numbers and T / Q states in v's dtype, T Q + T / Q dk in float32.
+    dk dv + Q^2 / 3. Chunked, everything runs in the full square, per token G 4 dk Q + H (2 Q (dk + 2 dv) + 6 dk dv +
+    I), where I is 2 Q (Q - 1) for a Q up to 16 or odd and Q^2 / 2 more than that of Q / 2 for others, with T padded
+    to whole chunks. By the kernels Q is 64 on Hopper and 128 on TPUs, whatever `chunk` says. Where one on Hopper works
+    the chunks out too (`chunks.py`), the system's numbers are two of bfloat16 each, 16 bits, and per token it all
+    takes H (8 Q dk + 6 Q dv + 6 dk dv + 60 Q^2).
+    Memory between the passes, plain: T Q (2 G + 4 H) numbers a row, 3 copies of k and v, and T / Q states; by the
+    kernels the inputs and, a head, T (3 dk + dv + Q) numbers and T / Q states in v's dtype, T Q + T / Q dk in float32.
+    They pad widths to multiples of 64 on Hopper, of 16 on TPUs.
     Source: Yang et al. 2024 (arXiv 2406.06484; gated: 2412.06464).
     """
-    chosen = dispatch.choose("delta_rule", kernels, dispatch.refusals("delta_rule", q, v, names=["mosaic_gpu"]))
-    if chosen == "mosaic_gpu":
+    chosen = dispatch.choose("delta_rule", kernels, dispatch.refusals("delta_rule", q, v))
+    if chosen in dispatch.MODULES:
         return dispatch.form("delta_rule", chosen).delta_rule(q, k, v, beta, log_decay, state, reset, kernels)
     if chosen == "reference":
         out, final = reference.delta_rule(q, k, v, beta, log_decay, state, reset)

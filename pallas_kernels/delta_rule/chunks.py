@@ -25,11 +25,12 @@ from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import compat, dispatch
-from pallas_kernels.chunk_walk import SHARED
+from pallas_kernels.chunk_walk.gpu import SHARED
 from pallas_kernels.gated_recurrence import sweeps
 from pallas_kernels.gated_recurrence.walk import F32, SQUARE, TILED, WGMMA, L, columns_, multiply, rows
 from pallas_kernels.population import folded
 
+NAME = "mosaic_gpu"
 plgpu: Any = mosaic_gpu  # what its annotations say differs between versions of JAX
 GATES = ("beta", "to", "of", "entering", "left")  # of each token
 TWICE = ("beta", "entering")  # which are both a row and a column: Mosaic GPU finds no layout for one load as both

@@ -27,14 +27,15 @@ def gla(
     Precision: g, its sums and exponentials, and the states are float32; products take their operands in v's dtype and
     accumulate in float32. Only exponentials of non-positive numbers are formed.
     FLOPs per token and head, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: 2 (dk + dv) c + 4 dk
-    dv; both forms: 2 (log2(Q) dk + dv) Q + 4 dk dv, with T padded to whole chunks. On Hopper Q is 64, whatever `chunk`
-    says.
-    Memory between the passes, plain: log2(Q) + 3 copies of q and k, T Q log2(Q) scores a head, and T / Q states; on
-    Hopper the inputs and, a head, T (2 dk + dv + Q) numbers and T / Q states in v's dtype, T / Q dk in float32.
+    dv; chunked: 2 (log2(Q) dk + dv) Q + 4 dk dv, with T padded to whole chunks. By the kernels Q is 64 on Hopper and
+    128 on TPUs, whatever `chunk` says.
+    Memory between the passes, plain: log2(Q) + 3 copies of q and k, T Q log2(Q) scores a head, and T / Q states; by the
+    kernels the inputs and, a head, T (2 dk + dv + Q) numbers and T / Q states in v's dtype, T / Q dk in float32. They
+    pad widths to multiples of 64 on Hopper, of 16 on TPUs.
     Source: Yang et al. 2023 (arXiv 2312.06635), whose secondary blocks are here those of every size 1, 2, 4 ... Q / 2.
     """
-    chosen = dispatch.choose("gla", kernels, dispatch.refusals("gla", q, v, names=["mosaic_gpu"]))
-    if chosen == "mosaic_gpu":
+    chosen = dispatch.choose("gla", kernels, dispatch.refusals("gla", q, v))
+    if chosen in dispatch.MODULES:
         return dispatch.form("gla", chosen).gla(q, k, v, log_decay, state, reset)
     if chosen == "reference":
         out, final = reference.gla(q, k, v, log_decay, state, reset)

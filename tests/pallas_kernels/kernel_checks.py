@@ -1,5 +1,7 @@
 """What kernels of every operation are held against."""
 
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -7,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
+from tests.helpers import with_devices
 
-GATES = {"mild": (-0.3, 0.0), "closed": (-60.0, -20.0), "open": (-1e-6, 0.0), "mixed": (-40.0, 0.0)}  # log decays
+GATES = {  # log decays
+    "mild": (-0.3, 0.0), "closed": (-60.0, -20.0), "open": (-1e-6, 0.0), "mixed": (-40.0, 0.0), "none": (0.0, 0.0),
+}  # fmt: skip
 
 
 def cotangents_of(v, state, rng):
@@ -36,30 +41,48 @@ def distance(a, b):
     return float(jnp.linalg.norm(a.astype(jnp.float32) - b))
 
 
-def errors(op, definition, kernels, arrays, cotangents):
+def errors(op, definition, kernels, arrays, cotangents, floor=1e-4):
     """||got - want|| / ||want|| of the outputs, which are like the cotangents, and of all gradients, the definition's
-    in float32."""
+    in float32. A ||want|| below the floor counts as that."""
     with dispatch.interpreted():
         got = values_and_gradients(partial(op, kernels=kernels), arrays, cotangents, kernels)
     exact = jax.tree.map(lambda a: a.astype(jnp.float32), (tuple(arrays), cotangents))
     want = values_and_gradients(definition, *exact, "reference")
     for a, like in zip(got, (*cotangents, *arrays), strict=True):
         assert (a.shape, a.dtype) == (like.shape, like.dtype)
-    return [distance(a, b) / max(float(jnp.linalg.norm(b)), 1e-4) for a, b in zip(got, want, strict=True)]
+    return [distance(a, b) / max(float(jnp.linalg.norm(b)), floor) for a, b in zip(got, want, strict=True)]
 
 
 def cuda_calls(run, args):
     """How many Mosaic GPU kernels are in (out, final) = run(*args) for CUDA; and in its gradient under remat."""
+    return _calls(run, args, "cuda", "custom_call @mosaic_gpu")
 
+
+def tpu_calls(run, args, kernel):
+    """As `cuda_calls`, of kernels of that name for a TPU."""
+    return _calls(run, args, "tpu", f'kernel_name = "{kernel}"')
+
+
+def _calls(run, args, platform, mark):
     def loss(*a):
         out, final = run(*a)
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(final)
 
     def count(f):
-        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu")
+        return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text().count(mark)
 
     real = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
     return count(loss), count(jax.grad(jax.checkpoint(loss), argnums=real))
+
+
+def waits_for_its_first_measurement(op, f, arrays, monkeypatch):
+    """On a TPU `f`, which is `op`, runs as plain XLA until its kernel was measured on one."""
+    monkeypatch.setattr(dispatch, "device", lambda: dispatch.Device("tpu", "TPU v5e"))
+    for unmeasured, chosen in ((dispatch.UNMEASURED, "xla"), (set(), "mosaic_tpu")):
+        monkeypatch.setattr(dispatch, "UNMEASURED", unmeasured)
+        with dispatch.listening() as heard:
+            jax.eval_shape(lambda *a: f(*a), *arrays)  # traced anew
+        assert [(op, choice.implementation) for op, choice in heard] == [(op, chosen)]
 
 
 def a_population_equals_its_members(op, kernels, members, shared, tolerance):
@@ -83,3 +106,34 @@ def a_population_equals_its_members(op, kernels, members, shared, tolerance):
             for a, b in zip(together, alone, strict=True):
                 a, b = (np.asarray(x, np.float32) for x in (a[k], b))
                 np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+MESH = """
+import jax, jax.numpy as jnp, numpy as np
+from functools import partial
+from pallas_kernels import dispatch
+from pallas_kernels.devices import per_device
+from pallas_kernels.{op} import {op}
+from tests.pallas_kernels.{op}.kernel_checks import inputs
+arrays, cotangents, _ = inputs(5, B=8, dk=16, dv=16, dtype=jnp.float32)
+def both(run):
+    def values_and_gradients(*arrays):
+        out, pull = jax.vjp(run, *arrays)
+        return *out, *pull(cotangents)
+    return jax.jit(values_and_gradients)
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+with dispatch.interpreted():
+    got = both(per_device(partial({op}, kernels="mosaic_tpu"), mesh))(*jax.device_put(arrays, rows))
+for a, b in zip(got, both(partial({op}, kernels="reference"))(*arrays), strict=True):
+    assert a.sharding.is_equivalent_to(rows, a.ndim)
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+print("same")
+"""
+
+
+def rows_on_eight_devices(op):
+    """Each has one of them, values and gradients."""
+    command = [sys.executable, "-c", MESH.format(op=op)]
+    done = subprocess.run(command, env=with_devices(8), capture_output=True, text=True, timeout=120)
+    assert "same" in done.stdout, done.stderr

@@ -172,3 +172,20 @@ def equals_the_definition(op, kernels, data):
 @given(data=st.data())
 def test_the_plain_form(op, data):
     equals_the_definition(op, "xla", data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=2, deadline=None)
+@given(data=st.data())
+def test_on_tpus(op, data):
+    equals_the_definition(op, "mosaic_tpu", data)
+
+
+@pytest.mark.skipif(not compat.MOSAIC_GPU, reason=f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}")
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=1, deadline=None)
+@given(data=st.data())
+def test_on_gpus(op, data):
+    """One example, since the interpreter takes seconds for each; another one at every run."""
+    equals_the_definition(op, "mosaic_gpu", data)

@@ -4,31 +4,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.gla import gla, reference
 from tests.pallas_kernels import kernel_checks as checks
-from tests.pallas_kernels.kernel_checks import GATES, cotangents_of
+from tests.pallas_kernels.gla.kernel_checks import inputs
 
 if not compat.MOSAIC_GPU:
     pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}", allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("no_races")
-
-
-def inputs(T, B=1, H=1, dk=64, dv=64, gates="mild", seed=0):
-    """(q, k, v, log_decay, state), the cotangents, documents."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape, scale=1.0):
-        return jnp.asarray(scale * rng.normal(size=shape), jnp.bfloat16)
-
-    q, k, v = normal(B, T, H, dk, scale=dk**-0.5), normal(B, T, H, dk, scale=dk**-0.5), normal(B, T, H, dv)
-    g = jnp.float32(rng.uniform(*GATES[gates], size=q.shape))
-    state = jnp.float32(rng.normal(size=(B, H, dk, dv)))
-    reset = jnp.asarray(rng.random((B, T)) < 0.05).at[:, T // 2].set(True)
-    return (q, k, v, g, state), cotangents_of(v, state, rng), reset
 
 
 @pytest.mark.parametrize(

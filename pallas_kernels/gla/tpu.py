@@ -1,0 +1,9 @@
+"""GLA on TPUs."""
+
+from functools import partial
+
+from pallas_kernels.chunk_walk import tpu
+from pallas_kernels.gla import sweeps
+
+gla = partial(sweeps.gla, tpu.FORM)
+refusal = partial(tpu.refusal, erases=False)
