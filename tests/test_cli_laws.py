@@ -15,6 +15,7 @@ from scalelab import laws
 from tests.helpers import ask
 from tests.test_records import make
 
+pytestmark = pytest.mark.once
 BETTER = {**TRUTH, "A": 250.0}
 
 

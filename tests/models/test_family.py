@@ -21,7 +21,9 @@ COMPOSED = (
     "delta_hybrid",
     "lightning_hybrid",
 )
-NAMES = {name: pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED else name for name in FAMILY}
+HEAVIEST = ("mor_moe", "delta_hybrid")  # of which other tests hold the parts together
+MARKS = {name: pytest.mark.slow for name in COMPOSED} | {name: pytest.mark.study for name in HEAVIEST}
+NAMES = {name: pytest.param(name, marks=MARKS[name]) if name in MARKS else name for name in FAMILY}
 each = pytest.mark.parametrize("name", NAMES.values())
 
 
@@ -99,6 +101,7 @@ def test_remat_vmap_and_bfloat16(name):
     assert all(a.dtype == jnp.float32 and jnp.isfinite(a).all() for a in jax.tree.leaves(gradient))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", [NAMES[name] for name in FAMILY if name not in PIECEWISE])
 def test_gradient_by_finite_differences(name):
     graphdef, params = built(name)

@@ -20,6 +20,8 @@ from scalelab.models.moe import MoE, within_capacity
 from scalelab.models.registry import resolve
 from tests.helpers import assert_same_run, final_params, small_corpus, tiny_config, tiny_spec, with_devices
 
+pytestmark = pytest.mark.once
+
 
 def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)

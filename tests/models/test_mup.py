@@ -15,6 +15,7 @@ from scalelab.errors import BadInput
 from scalelab.models.registry import CHANNELS, MIXERS, resolve
 from scalelab.parametrization import Rule, Tensor, rule
 
+pytestmark = pytest.mark.once
 each = pytest.mark.parametrize("name", FAMILY)
 
 # By hand, from the tables of the reference: what every tensor is. `fixed` matrices keep their fan-in as a model widens.

@@ -19,6 +19,8 @@ from scalelab.models import recursion
 from scalelab.models.registry import resolve
 from tests.helpers import small_corpus, tiny_config, tiny_spec
 
+pytestmark = pytest.mark.once
+
 ATTENTION = ("attention", "mlp")
 LINEAR = section(prefix=(ATTENTION,), suffix=(ATTENTION,), layers=4, recursion__count=3, recursion__alpha=2.0,
                  recursion__temperature=0.7, recursion__loss=0.5)  # fmt: skip

@@ -96,7 +96,8 @@ def of_delta_rule(d):
 
 def of_mlstm(d):
     """Queries and keys have a mean, so that the normaliser stays away from 0, where products of rounded numbers would
-    be lost."""
+    be lost, and some channels: with one, h does not depend on q."""
+    d.dk += 3
     i, f = d.uniform(-9, 3, d.B, d.T, d.H), d.uniform(-4, 6, d.B, d.T, d.H)
     q, k = (d.keys(d.H, mean=1.0) for _ in range(2))
 
