@@ -22,7 +22,7 @@ COMPOSED = (
     "lightning_hybrid",
 )
 HEAVIEST = ("mor_moe", "delta_hybrid")  # of which other tests hold the parts together
-MARKS = {name: pytest.mark.slow for name in COMPOSED} | {name: pytest.mark.study for name in HEAVIEST}
+MARKS = dict.fromkeys(COMPOSED, pytest.mark.slow) | dict.fromkeys(HEAVIEST, pytest.mark.study)
 NAMES = {name: pytest.param(name, marks=MARKS[name]) if name in MARKS else name for name in FAMILY}
 each = pytest.mark.parametrize("name", NAMES.values())
 
