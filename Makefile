@@ -24,13 +24,13 @@ notebooks: .venv/installed-dev
 	$(BIN)/jupyter execute --inplace $(NOTEBOOKS:.py=.ipynb)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) -m "not study"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not study"
 
 test-fast: .venv/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not study"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not study"
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

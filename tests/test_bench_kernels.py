@@ -15,6 +15,7 @@ def test_the_list_names_every_operation_and_why(capsys):
     assert "splash: needs a TPU, this is a CPU" in out
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", cases.all_cases("cpu"), ids=lambda case: f"{case.op} {case.name}")
 def test_the_plain_form_is_as_right_as_bfloat16_lets_it_be(case):
     error, gradient_error = kernels.errors(case, "xla")

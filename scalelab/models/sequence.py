@@ -64,7 +64,9 @@ def _backward(activation: Any, kept: tuple[Array, ...], d_out: Array) -> tuple[A
     longer on CPUs."""
     padded, taps, bias, seen = kept
     K, _, T, _ = seen.shape
-    _, pull = jax.vjp(lambda y: activation(y.astype(padded.dtype)), _sums(padded, taps, bias, seen))
+    # Else the compiler finds the forward pass' sums again, and keeps them for this one.
+    sums = _sums(padded, jax.lax.optimization_barrier(taps), bias, seen)
+    _, pull = jax.vjp(lambda y: activation(y.astype(padded.dtype)), sums)
     (d_y,) = pull(d_out)
 
     def over_tokens(a: Array) -> Array:

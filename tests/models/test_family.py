@@ -22,8 +22,16 @@ COMPOSED = (
     "lightning_hybrid",
 )
 HEAVIEST = ("mor_moe", "delta_hybrid")  # of which other tests hold the parts together
-MARKS = dict.fromkeys(COMPOSED, pytest.mark.slow) | dict.fromkeys(HEAVIEST, pytest.mark.study)
-NAMES = {name: pytest.param(name, marks=MARKS[name]) if name in MARKS else name for name in FAMILY}
+ON_NEWEST = ("mamba2", "xlstm", "moe", "hybrid")  # one of every kind of state
+
+
+def marks(name):
+    study, slow, once = name in HEAVIEST, name in COMPOSED, name not in ON_NEWEST
+    kinds = [(pytest.mark.study, study), (pytest.mark.slow, slow), (pytest.mark.once, once)]
+    return [mark for mark, holds in kinds if holds]
+
+
+NAMES = {name: pytest.param(name, marks=marks(name)) for name in FAMILY}
 each = pytest.mark.parametrize("name", NAMES.values())
 
 

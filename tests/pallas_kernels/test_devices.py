@@ -64,12 +64,14 @@ for name, shape in shapes.items():
         def loss(params, tokens, segments):
             return jnp.sum(models.merge(graphdef, params).nll(tokens, tokens, segments)[0])
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-        for shared in (True, False) if not way else (True,):
+        # cut up by the compiler: a mixer of each kind shows it
+        for shared in (True,) if way else (True, False) if name in ("transformer", "mamba2", "parscale") else (False,):
             text = jax.device_put((tokens, segments), rows) if shared else (tokens, segments)
             found[bool(way), shared] = jax.jit(jax.grad(loss))(params, *text)
-    for told in (True, False):
-        for a, b in zip(*(jax.tree.leaves(found[way]) for way in ((told, True), (False, False)))):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
+    alone = found.pop((False, False))
+    assert found
+    for a, b in ((a, b) for got in found.values() for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(alone))):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
 print("same")
 """
 

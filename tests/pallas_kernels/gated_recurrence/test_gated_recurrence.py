@@ -9,6 +9,8 @@ import pytest
 
 from pallas_kernels.gated_recurrence import gated_recurrence, reference, step
 
+pytestmark = pytest.mark.once
+
 
 def inputs(T, B=2, G=1, H=4, dk=5, dv=3, gates="mild", seed=0):
     rng = np.random.default_rng(seed)

@@ -9,6 +9,8 @@ import pytest
 
 from pallas_kernels.gla import gla, reference, step
 
+pytestmark = pytest.mark.once
+
 GATES = {"mild": (-1.0, 0.0), "closed": (-60.0, -20.0), "open": (-1e-6, 0.0), "mixed": (-40.0, 0.0), "none": (0.0, 0.0)}
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from pallas_kernels.mlstm import State, mlstm, reference
 
+pytestmark = pytest.mark.once
+
 
 def inputs(T, B=2, H=3, dk=4, dv=5, gates="mild", seed=0):
     rng = np.random.default_rng(seed)

@@ -7,6 +7,8 @@ import pytest
 
 from pallas_kernels.selective_scan import reference, selective_scan
 
+pytestmark = pytest.mark.once
+
 
 def inputs(T, B=2, E=6, N=3, rates="mild", seed=0):
     rng = np.random.default_rng(seed)
