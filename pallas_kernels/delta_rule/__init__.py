@@ -33,7 +33,7 @@ def delta_rule(
     dk dv + Q^2 / 3. Chunked, everything runs in the full square, per token G 4 dk Q + H (2 Q (dk + 2 dv) + 6 dk dv +
     I), where I is 2 Q (Q - 1) for a Q up to 16 or odd and Q^2 / 2 more than that of Q / 2 for others, with T padded
     to whole chunks. By the kernels Q is 64 on Hopper and 128 on TPUs, whatever `chunk` says. Where one on Hopper works
-    the chunks out too (`chunks.py`), the system's numbers are two of bfloat16 each, 16 bits, and per token it all
+    the chunks out too (`gpu_chunks.py`), the system's numbers are two of bfloat16 each, 16 bits, and per token it all
     takes H (8 Q dk + 6 Q dv + 6 dk dv + 60 Q^2).
     Memory between the passes, plain: T Q (2 G + 4 H) numbers a row, 3 copies of k and v, and T / Q states; by the
     kernels the inputs and, a head, T (3 dk + dv + Q) numbers and T / Q states in v's dtype, T Q + T / Q dk in float32.

@@ -3,8 +3,8 @@
 from functools import partial
 
 from pallas_kernels.chunk_walk import gpu
-from pallas_kernels.delta_rule import chunks, sweeps
+from pallas_kernels.delta_rule import gpu_chunks, sweeps
 
-delta_rule = partial(sweeps.delta_rule, gpu.FORM, chunks)
+delta_rule = partial(sweeps.delta_rule, gpu.FORM, gpu_chunks)
 # keys: beside a wider state, addresses of shared memory spill from the registers
 refusal = partial(gpu.refusal, widest=192)

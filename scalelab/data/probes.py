@@ -26,6 +26,7 @@ read, whatever the seed: a training row that falls there is drawn again, a held-
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -50,7 +51,7 @@ Rows = tuple[Int64[np.ndarray, "n T+1"], Int64[np.ndarray, "n T"]]  # tokens, la
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Task(abc.ABC):
     """`size` is what a task is made harder by: its length or its number of pairs. `alone`: of a row, the last answer
     is what is measured; else all are. Fields are the options of the spec."""
 
@@ -58,37 +59,38 @@ class Task:
     alone: ClassVar[bool] = False
 
     @property
+    @abc.abstractmethod
     def vocab(self) -> int:
         """Symbols; bos comes after them."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def chance(self) -> float:
         """Accuracy of guessing."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def wrong(self, T: int) -> str:
         """Why there are no rows of T tokens, or ""."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def up_to(self, size: int) -> tuple[Task, int]:
         """(task, sequence length) to train on, of this size at the most."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def at(self, size: int, T: int) -> tuple[Task, int]:
         """(task, sequence length) whose rows all have this size, for a task that is trained on rows of T."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def longest(self, T: int) -> int:
         """The largest size of rows of T tokens."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def width(self, T: int) -> int:
         """Random numbers that a row takes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def draw(self, u: Float[np.ndarray, "n k"], T: int) -> Rows:
-        raise NotImplementedError
+        """Rows, a function of such numbers alone."""
 
     def _blank(self, n: int, T: int, fill: int) -> Rows:
         tokens = np.full((n, T + 1), fill, np.int64)

@@ -12,7 +12,8 @@ from tests.pallas_kernels.delta_rule.test_delta_rule_gpu import inputs, of
 
 if not compat.MOSAIC_GPU:
     pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}", allow_module_level=True)
-from pallas_kernels.delta_rule import chunks, gpu
+from pallas_kernels.delta_rule import gpu
+from pallas_kernels.delta_rule import gpu_chunks as chunks
 
 pytestmark = pytest.mark.usefixtures("no_races")
 
