@@ -320,6 +320,7 @@ def _bench(args: argparse.Namespace) -> int:
             _numbers("--widths", args.widths),
             _numbers("--depths", args.depths),
             args.steps,
+            args.seeds,
             args.out,
             args.plot,
         )

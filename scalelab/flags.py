@@ -138,5 +138,6 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
     p.add_argument("--depths", default="2,4,8,16,32", metavar="N,N,...",
                    help="coords: layers (default: 2,4,8,16,32)")  # fmt: skip
     p.add_argument("--steps", type=int, default=4, metavar="N", help="coords: Adam steps (default: 4)")
+    p.add_argument("--seeds", type=int, default=3, metavar="N", help="coords: of each model (default: 3)")
     p.add_argument("--out", default=None, metavar="FILE", help="coords: the table, as CSV")
     p.add_argument("--plot", default=None, metavar="FILE", help="coords: a picture (.png, .svg, .pdf)")

@@ -42,7 +42,8 @@ def coordinates(
     table: pd.DataFrame, along: str = "width", quantity: str = "change", ax: Axes | None = None, *, legend: bool = True
 ) -> Axes:
     """Root mean squares of a coordinate check (`bench.coords.check`) against width or depth: a colour for each
-    parametrisation, a marker for each place. `quantity`: size (at the start) or change (at the last step)."""
+    parametrisation, a marker for each place; geometric means over the seeds, and a band from the least to the largest.
+    `quantity`: size (at the start) or change (at the last step)."""
     ax = new_axes(ax)
     x = "width" if along == "width" else "layers"
     step = 0 if quantity == "size" else table["step"].max()
@@ -50,10 +51,15 @@ def coordinates(
     kinds, places = list(dict.fromkeys(part["parametrization"])), list(dict.fromkeys(part["place"]))
     for k, kind in enumerate(kinds):
         for p, place in enumerate(places):
-            line = part[(part["parametrization"] == kind) & (part["place"] == place)].sort_values(x)
+            logs: Any = np.log(
+                part[(part["parametrization"] == kind) & (part["place"] == place)].set_index(x)[quantity]
+            )
+            seeds: Any = logs.groupby(level=0)
+            mean, low, high = np.exp(seeds.mean()), np.exp(seeds.min()), np.exp(seeds.max())
             # Lines that coincide stay visible: each later one is thinner and lies on top.
             width = 1.2 + 1.4 * (len(kinds) - 1 - k)
-            ax.plot(line[x], line[quantity], color=COLOURS[k], marker=MARKERS[p], markersize=4.5, linewidth=width)
+            ax.plot(mean.index, mean, color=COLOURS[k], marker=MARKERS[p], markersize=4.5, linewidth=width)
+            ax.fill_between(mean.index, low, high, color=COLOURS[k], alpha=0.15, linewidth=0)
     title = "at the start" if quantity == "size" else f"change after {step} steps"
     ax.set(xscale="log", yscale="log", xlabel=along, ylabel="root mean square", title=title)
     ax.set_xticks(sorted(part[x].unique()), [str(value) for value in sorted(part[x].unique())])

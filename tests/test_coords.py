@@ -96,8 +96,8 @@ def planted():
     for width in (64, 256, 1024):
         for step in (0, 3):
             change = 0.0 if step == 0 else width**0.5
-            rows.append({"parametrization": "mup", "along": "width", "width": width, "layers": 2, "step": step,
-                         "place": "logits", "size": width**-0.25, "change": change})  # fmt: skip
+            rows.append({"parametrization": "mup", "along": "width", "width": width, "layers": 2, "seed": 0,
+                         "step": step, "place": "logits", "size": width**-0.25, "change": change})  # fmt: skip
             rows.append(rows[-1] | {"along": "depth", "width": 64, "layers": width, "size": 2.0, "change": 3.0})
     return pd.DataFrame(rows)
 
@@ -147,8 +147,13 @@ def test_the_command_prints_a_table_and_writes_csv_and_picture(tmp_path):
     ],
 )
 def test_what_cannot_be_checked_is_refused(options, says, monkeypatch):
-    monkeypatch.setattr(coords, "sizes", lambda conf, steps: iter([{"step": s, "place": "logits", "size": 1.0,
-                                                                   "change": 1.0} for s in (0, 4)]))  # fmt: skip
+    monkeypatch.setattr(
+        coords,
+        "sizes",
+        lambda conf, steps, seeds: iter(
+            [{"seed": 0, "step": s, "place": "logits", "size": 1.0, "change": 1.0} for s in (0, 4)]
+        ),
+    )
     if says is None:
         assert coords.main(**options) == 0
         return

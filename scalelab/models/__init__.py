@@ -1,7 +1,7 @@
 """Language models: a stack of blocks, each a sequence mixer and a channel mixer by name."""
 
 from scalelab.models import counters, registry
-from scalelab.models.lm import LanguageModel, abstract, build, init, logits, merge, roles, rules, split
+from scalelab.models.lm import LanguageModel, abstract, build, init, logits, merge, roles, rules, split, tensors
 from scalelab.models.registry import validate, with_vocabulary
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "roles",
     "rules",
     "split",
+    "tensors",
     "validate",
     "with_vocabulary",
 ]

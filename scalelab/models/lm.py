@@ -126,15 +126,15 @@ class LanguageModel(nnx.Module):
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> dict[str, Float[Array, "..."]]:
         """What a coordinate check looks at, float32: "embedding" (B, T, D), "blocks" (L, B, T, D), the residual stream
-        after every block in order, and "logits". Recursions select as they do outside of training; their last block
-        shows its output, not what of it is added."""
+        after every block in order, and "logits". Recursions select as they do outside of training, and their last
+        block shows what they make of the stream, not its own output, of which a share is added."""
         positions = jnp.arange(tokens.shape[1])[None]
         embedding = x = self._embed(tokens, positions)
         rows = spread(segment_ids, self.spec.streams), self._rows(positions)
 
         def look(block: Block, x: Array, rows: Rows, state: Any) -> tuple[Array, None, dict[str, Array]]:
             y = block(x, *rows)[0]
-            return y, None, {"output": y}
+            return y, None, {"input": x, "output": y}
 
         x, _, seen = self._stack(x, rows, None, look)
         layers: list[Any] = []
@@ -142,6 +142,8 @@ class LanguageModel(nnx.Module):
             outputs = [block["output"] for block in seen.get(part, {}).values()]
             # Of the period (block, repeat, ...): in the order of the stack, a repeat after the other.
             layers += [a for repeat in zip(*outputs, strict=True) for a in repeat] if part == "period" else outputs
+            if part == "period" and self.spec.recursion.count > 1:
+                layers[-1] = seen["suffix"]["0"]["input"] if self.spec.suffix else x
         return {
             "embedding": embedding.astype(jnp.float32),
             "blocks": jnp.stack(layers).astype(jnp.float32),
@@ -343,9 +345,14 @@ def logits(config: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Arra
     return merge(abstract(config)[0], params)(tokens)
 
 
+def tensors(config: Any) -> Params:
+    """What every parameter is (`parametrization.Tensor`), in a tree like theirs."""
+    return LanguageModel.tensors(resolve(config))
+
+
 def roles(config: Any) -> Params:
     """The role of every parameter (`parametrization.ROLES`), in a tree like theirs."""
-    return jax.tree.map(lambda tensor: tensor.role, LanguageModel.tensors(resolve(config)))
+    return jax.tree.map(lambda tensor: tensor.role, tensors(config))
 
 
 def rules(config: Any, decay_exponent: float = 1.0) -> Params | None:

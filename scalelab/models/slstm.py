@@ -66,7 +66,7 @@ class SLSTM(Mixer):
             "recurrent": Tensor((4, H, d, d), "hidden", fan_in=d, start=zero),
             **{f"{gate}_bias": Tensor((D,), "vector") for gate in "izo"},
             "f_bias": Tensor((D,), "vector", start=forget_bias(H)),
-            "norm": Tensor((D,), "vector", fill=1.0),
+            "norm": Tensor((D,), "vector", fill=1.0, residual=True),
         }
 
     @staticmethod
