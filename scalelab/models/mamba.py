@@ -257,12 +257,12 @@ class Mamba2(Mixer):
         E, H, _ = self.sizes(self.spec, o)
         before = state or self.init_state(B, T)
         keys = o.groups * o.state
-        z, *inner = linears(x, self.weight("inward"), E, E, keys, keys)
-        (u, k, q), past, past_segments = short_conv(
+        z, *inner = linears(x, self.weight("inward"), E, E, 2 * keys)
+        (u, kq), past, past_segments = short_conv(
             inner, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
         )
         u = u.reshape(B, T, H, o.head_dim)
-        k, q = (a.reshape(B, T, o.groups, o.state) for a in (k, q))
+        k, q = (a.reshape(B, T, o.groups, o.state) for a in jnp.split(kq, 2, axis=-1))
         dt, decay = self._rates(x)
         y, S = self.per_row(gated_recurrence.gated_recurrence, chunk=o.chunk)(
             q,
