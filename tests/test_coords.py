@@ -1,5 +1,7 @@
 """Coordinate checks: what training changes keeps its size under muP and CompleteP, and not under standard."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,58 +28,42 @@ def test_updates_stay_flat_over_widths_and_depths_where_standard_grows():
         for place in BLOCKS:
             assert slope(found, "standard", along, place).change_slope > 0.35
             mine = slope(found, "completep", along, place)
-            assert abs(mine.change_slope) < 0.2
-            assert mine.start_slope < 0.1
-            assert mine.change_ratio < 1.5
-    assert slope(found, "completep", "width", "logits").change_slope < 0.1
+            assert abs(mine.change_slope) < 0.15
+            assert mine.start_slope < 0.05
+    assert abs(slope(found, "completep", "width", "logits").change_slope) < 0.15
+
+
+def test_outputs_and_head_start_at_an_eighth_and_nothing_else():
+    """Also sLSTM's, whose norm's gain is what writes to the stream."""
+    for family in ("transformer", "xlstm:mixer=slstm"):
+        model = models.with_vocabulary(coords.shape(family, "mup", 64, 2, (64, 2)).model, 257)
+        ones = jax.tree.map(jnp.ones_like, models.init(model, jax.random.key(0)))
+        ratio = jax.tree.map(lambda a: float(jnp.max(a)), coords.small_outputs(model, ones))
+        of_block = ratio["period"]["0"]
+        writes = of_block["mixer"].pop("out" if family == "transformer" else "norm"), of_block["channel"].pop("down")
+        assert (*writes, ratio.pop("unembed")) == (0.125,) * 3
+        assert set(jax.tree.leaves(ratio)) == {1.0}
 
 
 IN_CI = ("mamba2",)
 PAPERS = ("xlstm:mixer=mlstm_up", "xlstm:mixer=slstm")
-OTHERS = [*(name for name in recipe.FAMILIES if name != "transformer"), *PAPERS]
-EACH = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.study) for name in OTHERS]
+EACH = [pytest.param(f, marks=() if f in IN_CI else pytest.mark.study) for f in (*recipe.FAMILIES, *PAPERS)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", EACH)
-def test_updates_of_every_family_stay_flat_over_widths(family):
-    base = 2 if family in ("xlstm", "moe", "gla") else 4
-    table = coords.check(family, ("standard", "mup"), (64, 256), (base,), 3)
+def test_updates_of_every_family_stay_flat_over_widths_and_depths(family):
+    least = 4 if family == "hybrid" else 2
+    table = coords.check(family, ("standard", "completep"), (64, 256), (least, 8, 32), 3)
     found = coords.slopes(table)
-    for place in BLOCKS:
-        standard, mine = (slope(found, kind, "width", place) for kind in ("standard", "mup"))
-        assert mine.change_ratio < 1.5  # at four times the width
-        assert mine.start_slope < 0.1
-        # By how much standard grows depends on how much of a change the embedding's own is: least in Mamba-1.
-        assert standard.change_slope > max(0.05, mine.change_slope)
-    logits = [slope(found, kind, "width", "logits").change_slope for kind in ("standard", "mup")]
-    assert logits[0] > logits[1] + 0.3
-
-
-@pytest.mark.slow
-def test_the_transformers_updates_over_more_widths_and_depths_to_32():
-    found = coords.slopes(coords.check("transformer", ("standard", "completep"), (64, 256), (2, 8, 32), 3))
     for along in ("width", "depth"):
-        for place in BLOCKS:
-            mine = slope(found, "completep", along, place)
-            assert abs(mine.change_slope) <= coords.FLAT
-            assert mine.start_slope <= coords.FLAT
-            assert slope(found, "standard", along, place).change_slope > 0.4
-    assert slope(found, "completep", "width", "logits").change_slope <= coords.FLAT
-
-
-@pytest.mark.slow
-@pytest.mark.study
-@pytest.mark.parametrize("family", PAPERS)
-def test_updates_of_the_papers_xlstm_do_not_grow_with_the_depth(family):
-    """They fall a little: what the branches' random starts make of a change adds up as 1 / sqrt(L), as in mLSTM's and
-    GLA's large models."""
-    found = coords.slopes(coords.check(family, ("standard", "completep"), (64,), (2, 32), 3))
-    for place in BLOCKS:
-        standard, mine = (slope(found, kind, "depth", place) for kind in ("standard", "completep"))
-        assert -0.25 < mine.change_slope < 0.05
-        assert mine.start_slope < 0.05
-        assert standard.change_slope > mine.change_slope + 0.2
+        for place in (*BLOCKS, "logits"):
+            standard, mine = (slope(found, kind, along, place) for kind in ("standard", "completep"))
+            assert abs(mine.change_slope) < 0.2  # of one seed and few sizes; three seeds and all of them: the study
+            if place != "logits":
+                assert mine.start_slope < 0.05
+                # By how much standard grows depends on how much of a change the embedding's own is: least in Mamba-1.
+                assert standard.change_slope > max(0.05, mine.change_slope) + 0.05
 
 
 def test_a_family_is_widened_with_its_options():
