@@ -305,7 +305,7 @@ def _bench(args: argparse.Namespace) -> int:
 
         return throughput.main(
             args.params or 130e6, [name for name in args.families.split(",") if name], args.kernels.split(","),
-            args.rows, args.seq_len, args.torch, args.packed,
+            args.rows, args.seq_len, args.torch, args.packed, args.profile,
         )  # fmt: skip
     if args.what == "kernels":
         from scalelab.bench import kernels

@@ -126,6 +126,7 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
     p.add_argument("--packed", action="store_true", help="train: rows of several documents, masked from each other")
     p.add_argument("--torch", action="store_true",
                    help="train, kernels: beside PyTorch's Llama, PyTorch's operations")  # fmt: skip
+    p.add_argument("--profile", action="store_true", help="train: say where the time of each step goes")
     p.add_argument("--ops", default="", metavar="A,B,...", help="kernels: which (default: all)")
     p.add_argument("--list", action="store_true", help="kernels: only which implementation runs, and why not a faster")
     p.add_argument("--dtype", default="bfloat16", help="kernels: of the operands (default: bfloat16)")

@@ -1,10 +1,12 @@
 """`scalelab bench kernels` and `bench train` on a CPU: small shapes, the same columns."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import compat, dispatch
 from scalelab import cli
-from scalelab.bench import cases, kernels, throughput
+from scalelab.bench import cases, kernels, profile, throughput
 
 
 def test_the_list_names_every_operation_and_why(capsys):
@@ -75,3 +77,33 @@ def test_what_fell_back_is_named(capsys, monkeypatch):
     assert throughput.line(row, peak=1e12).endswith("; plain XLA: gated_recurrence")
     throughput.report([row], peak=1e12)
     assert "gated_recurrence" in capsys.readouterr().out
+
+
+def test_a_profile_counts_times_and_bytes():
+    """Of a product in a loop of three, and a pass."""
+    w = jnp.ones((64, 64))
+
+    def program(x):
+        x, _ = jax.lax.scan(lambda x, _: (x @ w, None), x, length=3)
+        return jnp.sort(x, axis=0)
+
+    x = jnp.ones((32, 64))
+    compiled = jax.jit(program).lower(x).compile()
+    products = [said for said in profile.instructions(compiled.as_text()).values() if said["kind"] == "product"]
+    assert products
+    assert max(said["gb"] for said in products) == pytest.approx(4 * (2 * 32 * 64 + 64 * 64) / 1e9)
+    found = profile.profiled(compiled, lambda: compiled(x))
+    assert list(found.columns) == ["kind", "what", "shape", "times", "ms", "gb"]
+    assert found["ms"].is_monotonic_decreasing
+    assert (found["ms"] >= 0).all()
+    assert "loop" not in set(found["kind"])
+    (ran,) = found[found["kind"] == "product"]["times"]
+    assert ran == 3
+    assert (found[found["what"].str.endswith("sort")]["times"] == 1).all()
+
+
+def test_a_profile_says_where_a_steps_time_goes(capsys):
+    throughput.breakdown("transformer", "xla", 5e3, rows=2, seq_len=32, packed=False, shown=4)
+    said = capsys.readouterr().out
+    assert said.startswith("transformer (xla), ms a step: ")
+    assert len(said.strip().splitlines()) == 2 + 4

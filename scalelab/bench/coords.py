@@ -202,7 +202,8 @@ def draw(table: pd.DataFrame, family: str, path: str) -> None:
         for row, quantity in enumerate(("size", "change")):
             model_plots.coordinates(table, along, quantity, axes[row, column], legend=(row, column) == (0, 0))
     title = f"{family}: coordinate check, {table['step'].max()} Adam steps"
-    figure.suptitle(title + ", bands: all seeds" * (table["seed"].nunique() > 1), fontsize="medium")
+    bands = ", bands: all seeds" if len(set(table["seed"])) > 1 else ""
+    figure.suptitle(title + bands, fontsize="medium")
     figure.savefig(path, dpi=110)
 
 

@@ -6,6 +6,7 @@ bytes it reads and writes at least, the compiled text says.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 import tempfile
@@ -26,8 +27,8 @@ NAMED = re.compile(r"%([\w.\-]+)")
 
 def profiled(compiled: Any, run: Callable[[], Any], calls: int = 3) -> pd.DataFrame:
     """Of a compiled program, which `run` calls once: a row for each instruction that took time on the device, with
-    "kind" (product, kernel, copy, pass), "what" (the operation it is named after), "shape" (written), "times" (runs a
-    call), "ms" (a call) and "gb" (read and written, at least), largest first."""
+    "kind" (product, kernel, copy, pass, other), "what" (the operation it is named after), "shape" (written), "times"
+    (runs a call), "ms" (a call) and "gb" (read and written, at least), largest first."""
     jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -40,14 +41,15 @@ def profiled(compiled: Any, run: Callable[[], Any], calls: int = 3) -> pd.DataFr
     rows = []
     for name, (count, total) in seconds.items():
         said = text.get(name, {"kind": "other", "what": name, "shape": "", "gb": np.nan})
-        rows.append(said | {"times": count / calls, "ms": 1e3 * total / calls})
+        if said["kind"] != "loop":  # whose time is that of what it holds
+            rows.append(said | {"times": count / calls, "ms": 1e3 * total / calls})
     table = pd.DataFrame(rows, columns=["kind", "what", "shape", "times", "ms", "gb"])
     table["gb"] *= table["times"]
-    together = table.groupby(["kind", "what", "shape"], as_index=False, sort=False)[["times", "ms", "gb"]].sum()
+    together: Any = table.groupby(["kind", "what", "shape"], as_index=False, sort=False)[["times", "ms", "gb"]].sum()
     return together.sort_values("ms", ascending=False, ignore_index=True)
 
 
-def times(data: ProfileData) -> dict[str, tuple[int, float]]:
+def times(data: Any) -> dict[str, tuple[int, float]]:
     """{instruction: (how often it ran, seconds of it all)}, of the device where there is one."""
     planes: list[Any] = list(data.planes)
     planes = [plane for plane in planes if plane.name.startswith("/device:")] or planes
@@ -73,7 +75,7 @@ def instructions(text: str) -> dict[str, dict[str, Any]]:
         target = re.search(r'custom_call_target="([^"]*)"', rest)
         what = source.group(1).replace("eval_jaxpr/", "").removeprefix("jit(step)/") if source else opcode
         found[name] = {
-            "kind": kind(name, opcode, target.group(1) if target else ""),
+            "kind": kind(name, opcode, what, target.group(1) if target else ""),
             "what": what,
             "shape": " ".join(f"{t}[{dims}]" for t, dims in SHAPE.findall(shape)[:3]),
             "gb": (read + sizes[name]) / 1e9,
@@ -81,8 +83,10 @@ def instructions(text: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def kind(name: str, opcode: str, target: str) -> str:
-    if "gemm" in name or "gemm" in target or "cublas" in target or opcode == "dot":
+def kind(name: str, opcode: str, what: str, target: str) -> str:
+    if opcode in ("while", "call", "conditional"):
+        return "loop"
+    if "gemm" in name or "gemm" in target or "cublas" in target or what.endswith("dot_general"):
         return "product"
     if opcode == "custom-call":
         return "kernel"
@@ -91,4 +95,4 @@ def kind(name: str, opcode: str, target: str) -> str:
 
 def size(shape: str) -> float:
     """Bytes of an array, or of a tuple of them."""
-    return sum(BYTES.get(t, 4) * np.prod([int(d) for d in dims.split(",") if d]) for t, dims in SHAPE.findall(shape))
+    return sum(BYTES.get(t, 4) * math.prod(int(d) for d in dims.split(",") if d) for t, dims in SHAPE.findall(shape))

@@ -1,12 +1,13 @@
 """Training speed on this device: tokens per second and model FLOP utilisation of one step, with and without kernels.
 
-    scalelab bench train [--params 130e6] [--families transformer,mamba2] [--kernels auto,xla] [--torch]
+    scalelab bench train [--params 130e6] [--families transformer,mamba2] [--kernels auto,xla] [--torch] [--profile]
 
 A model of each family, bfloat16, on random tokens. Utilisation is FLOPs of the step by the exact convention over its
 seconds, as a share of the rate of one large matrix product measured in the same run. `--torch` adds what a user would
 take instead: Llama of `transformers` at the Transformer's shape, with torch.compile, SDPA and a fused AdamW, in a
 process of its own before the others. Times are medians of rounds, queued and waited for once, with their range.
-Operations that fell back to plain XLA are named; why, says `bench kernels --list` or the warning of a run.
+Operations that fell back to plain XLA are named; why, says `bench kernels --list` or the warning of a run. `--profile`
+says after each where its time goes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.table import Table
 
 from pallas_kernels import dispatch
 from scalelab import config, flops, recipe, sharding, train
+from scalelab.bench import profile
 from scalelab.errors import BadInput
 from scalelab.schema import choice
 
@@ -59,8 +61,9 @@ class Row:
 
 
 def main(
-    params: float, families: Sequence[str], kernels: Sequence[str], rows: int, seq_len: int, torch: bool, packed: bool
-) -> int:
+    params: float, families: Sequence[str], kernels: Sequence[str], rows: int, seq_len: int, torch: bool, packed: bool,
+    profiled: bool = False,
+) -> int:  # fmt: skip
     names = list(families) or list(recipe.FAMILIES)
     for family in names:
         recipe.shape(family, 64)
@@ -73,6 +76,8 @@ def main(
         for name in kernels:
             found.append(measured(family, name, params, rows, seq_len, packed))
             console.print(line(found[-1], peak))
+            if profiled and not found[-1].note:
+                breakdown(family, name, params, rows, seq_len, packed)
     report(found, peak)
     return 0
 
@@ -85,19 +90,26 @@ def settings(family: str, params: float, rows: int, seq_len: int) -> Any:
     )  # fmt: skip
 
 
-def measured(family: str, kernels: str, params: float, rows: int, seq_len: int, packed: bool) -> Row:
+def prepared(
+    family: str, kernels: str, params: float, rows: int, seq_len: int, packed: bool
+) -> tuple[train.Trainer, Any]:
+    """(trainer, a batch)."""
     conf = config.override(
         settings(family, params, rows, seq_len), {"kernels": kernels, "data.document_mask": packed}
     ).lock()  # fmt: skip
     trainer = train.Trainer(conf, Tokens())  # pyright: ignore[reportArgumentType]
+    data = np.random.default_rng(0).integers(1, VOCABULARY, size=(rows, seq_len + 1), dtype=np.int32)
+    return trainer, sharding.put_rows(data, trainer.mesh)
+
+
+def measured(family: str, kernels: str, params: float, rows: int, seq_len: int, packed: bool) -> Row:
+    trainer, data = prepared(family, kernels, params, rows, seq_len, packed)
     parameters = flops.counts(trainer.model)
     work = flops.per_token(trainer.model, seq_len).training * rows * seq_len
     row = {
         "family": family, "kernels": kernels, "tokens": rows * seq_len, "flops": work,
         "parameters": parameters.active - parameters.embedding - parameters.unembedding,
     }  # fmt: skip
-    data = np.random.default_rng(0).integers(1, VOCABULARY, size=(rows, seq_len + 1), dtype=np.int32)
-    data = sharding.put_rows(data, trainer.mesh)
     rate = np.float32(1e-4)
     try:
         with warnings.catch_warnings(), dispatch.listening() as heard:
@@ -121,6 +133,46 @@ def measured(family: str, kernels: str, params: float, rows: int, seq_len: int, 
         held = state = None
         gc.collect()
     return Row(**row, seconds=seconds, spread=spread, memory=getattr(memory, "temp_size_in_bytes", np.nan))
+
+
+def breakdown(
+    family: str, kernels: str, params: float, rows: int, seq_len: int, packed: bool, shown: int = 30
+) -> None:  # fmt: skip
+    """Prints where the time of a step goes."""
+    trainer, data = prepared(family, kernels, params, rows, seq_len, packed)
+    state: Any = trainer.initial_state()
+    rate = np.float32(1e-4)
+    # Not captured in CUDA graphs, which the profiler sees as one.
+    options: dict[str, Any] = {"xla_gpu_graph_min_graph_size": 10**6}
+    step = trainer.step.lower(state, data, rate).compile(compiler_options=options)
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = step(state, data, rate)
+        return metrics
+
+    found = profile.profiled(step, run)
+    kinds: Any = found.groupby("kind")["ms"].sum()
+    kinds = kinds.sort_values(ascending=False)
+    table = Table(
+        title=f"{family} ({kernels}), ms a step: "
+        + ", ".join(f"{kind} {ms:.1f}" for kind, ms in kinds.items())
+        + f"; the {shown} largest",
+        title_justify="left", box=None, pad_edge=False,
+    )  # fmt: skip
+    for column in ("kind", "what", "writes"):
+        table.add_column(column, no_wrap=True)
+    for column in ("times", "ms", "GB", "GB/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    row: Any
+    for row in found.head(shown).itertuples():
+        what = row.what if len(row.what) <= 48 else "..." + row.what[-45:]
+        table.add_row(
+            row.kind, what, row.shape[:60], f"{row.times:.0f}", f"{row.ms:.3f}", f"{row.gb:.2f}",
+            f"{row.gb / row.ms * 1e3:,.0f}" if row.ms else "",
+        )  # fmt: skip
+    out = Console()
+    (out if out.is_terminal else Console(width=150)).print(table)
 
 
 def median_seconds(run: Callable[[], Any], rounds: int = 7, least: float = 0.2) -> tuple[float, float]:
