@@ -1,54 +1,74 @@
 """Of the coordinate checks in sizes.csv: the table of the README and its figure.
 
-    python experiments/2026-11-23-coordinates/analyse.py
+    python experiments/2026-11-23-coordinates/analyse.py [folder with a table of each family]
 
-sizes.csv is what `scalelab bench coords --out` writes for each family, at the start and after the last step.
+sizes.csv holds what `scalelab bench coords --out` writes for each family, at the start and after the last step; given a
+folder of such tables, it is written anew.
 """
 
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from scalelab.bench import coords
+
 HERE = pathlib.Path(__file__).parent
 PLACES = ("half-way block", "last block", "logits")
 AXIS = {"width": "width", "depth": "layers"}
 UNDER = {"width": "mup", "depth": "completep"}  # what is to keep sizes flat along which
+ORDER = ("transformer", "moe", "mamba", "mamba2", "xlstm", "mlstm_up", "slstm", "gla", "deltanet", "gated_deltanet",
+         "lightning", "hybrid", "mor")  # fmt: skip
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        together(pathlib.Path(sys.argv[1])).to_csv(HERE / "sizes.csv", index=False, float_format="%.5g")
     table = pd.read_csv(HERE / "sizes.csv")
-    print(slopes(table).to_string(float_format="%+.2f", index=False))
+    print(slopes(table).to_string(index=False))
     draw(table).savefig(HERE / "coordinates.png", dpi=100)
 
 
-def points(table: pd.DataFrame, kind: str, along: str, place: str, quantity: str) -> pd.DataFrame:
-    """Size at the start, or change at the last step; families in columns."""
-    step = table["step"].max() if quantity == "change" else 0
-    rows = table[(table["parametrization"] == kind) & (table["along"] == along) & (table["place"] == place)]
-    return rows[rows["step"] == step].pivot(index=AXIS[along], columns="family", values=quantity)
-
-
-def slope(values: pd.Series, least: float = 0) -> float:
-    values = values[values.index >= least].dropna()
-    return float(np.polyfit(np.log(values.index.to_numpy(float)), np.log(values.to_numpy()), 1)[0])
+def together(folder: pathlib.Path) -> pd.DataFrame:
+    tables = []
+    for family in ORDER:
+        table = pd.read_csv(folder / f"{family}.csv")
+        wanted = table["step"].isin((0, table["step"].max()))
+        # Under muP the depth, and under CompleteP the width, say nothing that standard and muP do not.
+        for along, other in (("depth", "mup"), ("width", "completep")):
+            wanted &= ~((table["along"] == along) & (table["parametrization"] == other))
+        tables.append(table[wanted].assign(family=family))
+    return pd.concat(tables)
 
 
 def slopes(table: pd.DataFrame) -> pd.DataFrame:
-    """Of the last block's change after the steps, and of the logits': over all points, and over the larger ones."""
+    """Of the changes after the steps, mean and standard error over the seeds."""
     rows = []
     for family in table["family"].unique():
+        found = coords.slopes(table[table["family"] == family]).set_index(["along", "parametrization", "place"])
         row: dict[str, object] = {"family": family}
-        for along, least in (("width", 256), ("depth", 8)):
-            for kind in ("standard", UNDER[along]):
-                row[f"{along}, {kind}"] = slope(points(table, kind, along, "last block", "change")[family])
-            row[f"from {least}"] = slope(points(table, UNDER[along], along, "last block", "change")[family], least)
-        row["logits, width, mup"] = slope(points(table, "mup", "width", "logits", "change")[family])
-        row["from 256 "] = slope(points(table, "mup", "width", "logits", "change")[family], 256)
+        for along, under in UNDER.items():
+            row[f"{along}: standard"] = f"{found.loc[(along, 'standard', 'last block'), 'change_slope']:+.2f}"
+            for place in PLACES:
+                mine = found.loc[(along, under, place)]
+                row[f"{under}, {place}"] = f"{mine['change_slope']:+.2f} ± {mine['change_error']:.2f}"
+            row[f"{along}: ratio"] = f"{found.loc[(along, under, 'last block'), 'change_ratio']:.2f}"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def points(table: pd.DataFrame, kind: str, along: str, place: str) -> pd.DataFrame:
+    """Change at the last step, geometric means over the seeds; families in columns."""
+    rows = table[(table["parametrization"] == kind) & (table["along"] == along) & (table["place"] == place)]
+    rows = rows[rows["step"] == table["step"].max()]
+    return rows.pivot_table(index=AXIS[along], columns="family", values="change", aggfunc=geometric)
+
+
+def geometric(values: pd.Series) -> float:
+    return float(np.exp(np.log(values).mean()))
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -58,7 +78,7 @@ def draw(table: pd.DataFrame) -> Figure:
     for row, along in enumerate(("width", "depth")):
         for ax, place in zip(axes[row], PLACES, strict=True):
             for kind, style in (("standard", {"alpha": 0.3, "linewidth": 1}), (UNDER[along], {"linewidth": 1.6})):
-                seen = points(table, kind, along, place, "change")
+                seen = points(table, kind, along, place)
                 for number, family in enumerate(families):
                     values = seen[family].dropna()
                     label = family if kind != "standard" else None
@@ -69,7 +89,7 @@ def draw(table: pd.DataFrame) -> Figure:
             ax.set_xticks(ticks, [str(t) for t in ticks], minor=False)
             ax.tick_params(which="minor", labelbottom=False)
             ax.grid(alpha=0.3)
-        axes[row, 0].set_ylabel(f"change after 4 steps\nbold: {UNDER[along]}, faint: standard")
+        axes[row, 0].set_ylabel(f"change after {table['step'].max()} steps\nbold: {UNDER[along]}, faint: standard")
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return figure
 
