@@ -28,6 +28,7 @@ from pallas_kernels.short_conv.xla import F32
 THREADS = 128
 TILE = 8  # tokens staged at a time, and written out one after the other: one's loads hide behind another's arithmetic
 SLOTS = 3  # tiles in shared memory: one that is worked on, one that arrives, and one that arrives or leaves
+ALIGNED = 128  # bytes: where a copy by TMA may begin in shared memory
 SPAN = 128  # tokens of a block
 
 
@@ -74,14 +75,15 @@ short_conv.defvjp(_forward, _backward)
 
 def _gradients(x: Array, past: Array, weights: Array, d_out: Array, *seen: Array) -> Any:
     """dx, d past, and of every span of tokens the gradients of taps and bias (rows, spans, K + 1, E). `weights`
-    (members, K + 1, E): the bias behind the taps. `seen` (rows, T): bit j says whether a token sees what tap j reaches."""
+    (members, K + 1, E): the bias behind the taps. `seen` (rows, T), if any: bit j of a token says whether it sees what
+    tap j reaches."""
     (rows, T, E), K = x.shape, weights.shape[1] - 1
     members, spans = rows // weights.shape[0], -(-T // SPAN)
     block = 2 * THREADS if E % (2 * THREADS) == 0 else THREADS
+    group = 2 if seen else TILE  # with more of them, what documents mask takes 133 registers
     layout = plgpu.Layout.WG_STRIDED((block,), vec_size=block // THREADS)
 
-    def kernel(*refs: Any) -> None:
-        x_g, past_g, weights_g, d_out_g, *refs = refs
+    def kernel(x_g: Any, past_g: Any, weights_g: Any, d_out_g: Any, *refs: Any) -> None:
         seen_g, (dx_g, d_past_g, sums_g, x_s, d_s, arrived, *seen_s) = refs[: len(seen)], refs[len(seen) :]
         row, span = lax.axis_index("row"), lax.axis_index("span")
         mine = pl.ds(lax.axis_index("block") * block, block)
@@ -110,7 +112,7 @@ def _gradients(x: Array, past: Array, weights: Array, d_out: Array, *seen: Array
             plgpu.copy_gmem_to_smem(x_g.at[row, rest, mine], x_s.at[slot, pl.ds(K - 1, TILE - K + 1)], there)
             plgpu.copy_gmem_to_smem(d_out_g.at[row, pl.ds(first, TILE), mine], d_s.at[slot], there)
             for g, s in zip(seen_g, seen_s, strict=True):
-                plgpu.copy_gmem_to_smem(g.at[row, pl.ds(first, TILE)], s.at[slot], there)
+                plgpu.copy_gmem_to_smem(g.at[row, pl.ds(first, TILE)], s.at[slot, pl.ds(0, TILE)], there)
 
         def read(ref: Any) -> Array:
             return compat.gpu_load(ref, layout).astype(F32)
@@ -129,9 +131,7 @@ def _gradients(x: Array, past: Array, weights: Array, d_out: Array, *seen: Array
             def visible(a: Array, j: int) -> Array:
                 return a if sees is None or j == K - 1 else a * jnp.where(sees & (1 << j) != 0, 1.0, 0.0)
 
-            y = bias
-            for j in range(K):
-                y = y + taps[j] * visible(window[j], j)
+            y = bias + sum(taps[j] * visible(window[j], j) for j in range(K))
             root = lax.rsqrt(1.0 + jnp.exp2(y * -math.log2(math.e)))
             sigmoid = root * root  # a quotient would be exact, in ten instructions
             d_y = d_out * (sigmoid * (1.0 + y * (1.0 - sigmoid)))
@@ -150,7 +150,7 @@ def _gradients(x: Array, past: Array, weights: Array, d_out: Array, *seen: Array
         none = plgpu.layout_cast(jnp.zeros((block,), F32), layout)
         carry = [read(x_g.at[row, behind(k), mine]) for k in range(K - 1)], [none] * (K - 1), [none] * (K + 1)
         for k in reversed(range(K - 1)):
-            sees = seen_g[0][row, behind(k)] if seen else None
+            sees: Any = seen_g[0][row, behind(k)] if seen else None
             d_out_k = read(d_out_g.at[row, behind(k), mine]) * inside
             _, carry = token(carry, read(x_g.at[row, end + k - K + 1, mine]), d_out_k, sees)
         carry = *carry[:2], [none] * (K + 1)
@@ -158,10 +158,15 @@ def _gradients(x: Array, past: Array, weights: Array, d_out: Array, *seen: Array
         def one_tile(i: Any, carry: Any) -> Any:
             slot = lax.rem(i, jnp.int32(SLOTS))
             plgpu.barrier_wait(arrived.at[slot])
-            for t in reversed(range(TILE)):
-                sees = seen_s[0][slot, t] if seen else None
-                dx, carry = token(carry, read(x_s.at[slot, t]), read(d_s.at[slot, t]), sees)
-                d_s[slot, t] = dx.astype(x.dtype)
+
+            def some_tokens(k: Any, carry: Any) -> Any:
+                for t in (TILE - 1 - k * group - m for m in range(group)):
+                    sees: Any = seen_s[0][slot, t] if seen else None
+                    dx, carry = token(carry, read(x_s.at[slot, t]), read(d_s.at[slot, t]), sees)
+                    d_s[slot, t] = dx.astype(x.dtype)
+                return carry
+
+            carry = lax.fori_loop(0, TILE // group, some_tokens, carry)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(d_s.at[slot], dx_g.at[row, pl.ds(tokens(i), TILE), mine])
 
@@ -189,13 +194,13 @@ def _gradients(x: Array, past: Array, weights: Array, d_out: Array, *seen: Array
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct(past.shape, x.dtype),
             jax.ShapeDtypeStruct((rows, spans, K + 1, E), F32),
-        ],  # fmt: skip
+        ],
         scratch_types=[
             plgpu.SMEM((SLOTS, TILE, block), x.dtype),
             plgpu.SMEM((SLOTS, TILE, block), x.dtype),
             plgpu.Barrier(num_arrivals=3 + len(seen), num_barriers=SLOTS),
-            *(plgpu.SMEM((SLOTS, TILE), jnp.int32) for _ in seen),
-        ],  # fmt: skip
+            *(plgpu.SMEM((SLOTS, ALIGNED // 4), jnp.int32) for _ in seen),
+        ],
         grid=(rows, spans, E // block),
         grid_names=("row", "span", "block"),
         kernel_name="short_conv_backward",
