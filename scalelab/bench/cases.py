@@ -24,6 +24,7 @@ from pallas_kernels.gla import gla
 from pallas_kernels.grouped_matmul import ragged_matmul
 from pallas_kernels.mlstm import mlstm
 from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.short_conv import short_conv
 from pallas_kernels.slstm import slstm
 
 F32 = jnp.float32
@@ -125,6 +126,7 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
             gla_case(B, T, 4, 32, D),
             delta_case(B, T, 4, 32, D),
             scan_case(B, T, 128, 16, D),
+            convolution_case(B, T, 128, 4, D),
             slstm_case(B, T, 4, 64),
             entropy_case(512, 64, 2048, D),
             experts_case(4, 512, 64, 96, D),
@@ -139,6 +141,7 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
         gla_case(8, 4096, 16, 128, D),
         delta_case(8, 4096, 16, 128, D),
         scan_case(4, 4096, 2048, 16, D),
+        convolution_case(8, 2048, 1792, 4, D),
         slstm_case(16, 2048, 4, 128),
         entropy_case(16384, 1024, 32768, D),
         entropy_case(16384, 2048, 131072, D),
@@ -222,6 +225,17 @@ def scan_case(B: int, T: int, E: int, N: int, dtype: Any) -> Case:
     return Case(
         "selective_scan", f"B{B} T{T} E{E} N{N}", B, inputs,
         lambda kernels: partial(selective_scan, kernels=kernels), 7.0 * B * T * E * N, short=min(T, 1024),
+    )  # fmt: skip
+
+
+def convolution_case(B: int, T: int, E: int, K: int, dtype: Any) -> Case:
+    def inputs(rows: int) -> list[Input]:
+        wide = [Input((rows, T, E), dtype, normal()), Input((rows, K - 1, E), dtype, normal())]
+        return [*wide, Input((K, E), F32, uniform(-(K**-0.5), K**-0.5)), Input((E,), F32, normal())]
+
+    return Case(
+        "short_conv", f"B{B} T{T} E{E} K{K}", B, inputs,
+        lambda kernels: partial(short_conv, kernels=kernels), 2.0 * B * T * E * K,
     )  # fmt: skip
 
 

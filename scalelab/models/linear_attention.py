@@ -92,7 +92,7 @@ class LinearMixer(Mixer):
         qkv = linears(x, self.weight("qkv"), sizes.keys, sizes.keys, sizes.values)
         if sizes.conv:
             qkv, after["conv"], after["conv_segments"] = short_conv(
-                qkv, self.exact("conv"), None, before["conv"], segment_ids, before["conv_segments"], self.activation
+                qkv, self.exact("conv"), None, before["conv"], segment_ids, before["conv_segments"], self.per_row
             )
         else:
             qkv = map(self.activation, qkv)
@@ -106,7 +106,7 @@ class LinearMixer(Mixer):
         return y, None if state is None else after, {}
 
     def activation(self, qkv: Array) -> Array:
-        """Of queries, keys and values before the recurrence."""
+        """Of queries, keys and values before the recurrence, where no convolution has it."""
         return jax.nn.silu(qkv)
 
     def init_state(self, batch: int, max_len: int) -> dict[str, Array]:
@@ -238,7 +238,7 @@ class GLA(LinearMixer):
         return state_bytes(GLA.sizes(spec, options), dtype_bytes)
 
     def activation(self, qkv: Array) -> Array:
-        return jax.nn.silu(qkv) if self.options.conv else qkv
+        return qkv
 
     def recur(
         self, x: Array, q: Array, k: Array, v: Array, S: Array | None, reset: Bool[Array, "B T"] | None

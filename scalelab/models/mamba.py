@@ -112,8 +112,9 @@ class Mamba(Mixer):
         E, R = self.sizes(self.spec, o)
         u, z = linears(x, self.weight("inward"), E, E)
         (u,), past, past_segments = short_conv(
-            [u], self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
-        )
+            [u], self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"],
+            self.per_row,
+        )  # fmt: skip
         rank, B, C = jnp.split(linear(u, self.weight("x")), [R, R + o.state], axis=-1)
         dt = step_sizes(linear(rank, self.weight("dt")), self.exact("dt_bias"))
         y, h = self.per_row(selective_scan.selective_scan, shared=(2,), chunk=o.chunk)(
@@ -259,8 +260,9 @@ class Mamba2(Mixer):
         keys = o.groups * o.state
         z, *inner = linears(x, self.weight("inward"), E, E, 2 * keys)
         (u, kq), past, past_segments = short_conv(
-            inner, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
-        )
+            inner, self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"],
+            self.per_row,
+        )  # fmt: skip
         u = u.reshape(B, T, H, o.head_dim)
         k, q = (a.reshape(B, T, o.groups, o.state) for a in jnp.split(kq, 2, axis=-1))
         dt, decay = self._rates(x)

@@ -95,8 +95,9 @@ class SLSTM(Mixer):
         (B, T, D), H = x.shape, self.options.heads
         before = state or self.init_state(B, T)
         (c,), past, past_segments = short_conv(
-            [x], self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
-        )
+            [x], self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"],
+            self.per_row,
+        )  # fmt: skip
         inputs = [
             jnp.einsum("bthd,hde->bthe", a.reshape(B, T, H, D // H), self.weight(gate)).astype(jnp.float32)
             + self.exact(f"{gate}_bias").reshape(H, D // H)

@@ -283,8 +283,9 @@ class MLSTMUp(Mixer):
         before = state or self.init_state(B, T)
         u, z = linears(x, self.weight("up"), E, E)
         (c,), past, past_segments = short_conv(
-            [u], self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"]
-        )
+            [u], self.exact("conv"), self.exact("conv_bias"), before["conv"], segment_ids, before["conv_segments"],
+            self.per_row,
+        )  # fmt: skip
         q, k, v = (block_diagonal(a, self.weight(name)) for a, name in ((c, "q"), (c, "k"), (u, "v")))
         qkv = jnp.concatenate([q, k, v], axis=-1).astype(jnp.float32)
         i, f = (linear(qkv, self.exact(name)) + self.exact(f"{name}_bias") for name in "if")
