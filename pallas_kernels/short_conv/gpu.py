@@ -148,12 +148,12 @@ def _gradients(x: Array, past: Array, weights: Array, d_out: Array, *seen: Array
 
         inside = jnp.where(end < T, 1.0, 0.0)
         none = plgpu.layout_cast(jnp.zeros((block,), F32), layout)
-        carry = [read(x_g.at[row, behind(k), mine]) for k in range(K - 1)], [none] * (K - 1), [none] * (K + 1)
+        carry: Any = [read(x_g.at[row, behind(k), mine]) for k in range(K - 1)], [none] * (K - 1), [none] * (K + 1)
         for k in reversed(range(K - 1)):
             sees: Any = seen_g[0][row, behind(k)] if seen else None
             d_out_k = read(d_out_g.at[row, behind(k), mine]) * inside
-            _, carry = token(carry, read(x_g.at[row, end + k - K + 1, mine]), d_out_k, sees)
-        carry = *carry[:2], [none] * (K + 1)
+            carry = token(carry, read(x_g.at[row, end + k - K + 1, mine]), d_out_k, sees)[1]
+        carry = (*carry[:2], [none] * (K + 1))
 
         def one_tile(i: Any, carry: Any) -> Any:
             slot = lax.rem(i, jnp.int32(SLOTS))
