@@ -12,7 +12,6 @@ size of a budget), seeds (repeats), data, tokenizer and dtype as in `transformer
 sizes and, for a seed, the same batches. The defaults take some minutes on two cores.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,12 +45,12 @@ def sweep(arg: str = "") -> Iterator[dict[str, Any] | sweeps.Dropped]:
     others = recipe.defaults(args.families)
     for family in args.families:
         for budget in args.budgets:
-            centre = math.sqrt(budget / (6 * args.ratio))  # C = 6 N D with D = ratio N
             for rank in range(args.sizes):
                 place = rank / (args.sizes - 1) - 0.5 if args.sizes > 1 else 0.0
                 for seed in range(args.seeds):
                     try:
-                        shape = others | recipe.sized(family, centre * args.span**place)
+                        # N times x: as many tokens fewer, so that their ratio falls by x^2.
+                        shape = others | recipe.for_budget(family, budget, args.ratio * args.span ** (-2 * place))
                     except BadInput as error:
                         reason = f"budget = {budget:.3g}: too small; {error}"
                         yield sweeps.Dropped({"family": family, "budget": budget}, reason)

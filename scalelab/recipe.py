@@ -271,6 +271,15 @@ def sized(family: str, target: float, **options: Any) -> Shape:
     return shape(family, width, **options)
 
 
+def for_budget(family: str, budget: float, ratio: float = 20.0, **options: Any) -> Shape:
+    """The family's shape for a training budget in FLOP: C = 6 N D, with D = ratio * N tokens (about 20: Hoffmann et al.
+    2022; a law of one's own says better) and N active parameters without embeddings. How many steps spend it, by the
+    exact count: `sweep.steps_for`."""
+    at_least("budget", budget, 0, above=True)
+    at_least("ratio", ratio, 0, above=True)
+    return sized(family, math.sqrt(budget / (6 * ratio)), **options)
+
+
 LOWER = ("xlstm", "moe", "gla", "lightning")  # families whose best rate is 0.6 of the rule's
 
 

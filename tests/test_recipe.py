@@ -24,6 +24,20 @@ def test_sizes_come_near_their_target_and_are_what_they_say(family, target):
 
 
 @each
+def test_a_budget_is_six_times_parameters_and_tokens(family):
+    N = recipe.params(family, recipe.for_budget(family, 1.2e17, ratio=20)["model.width"])
+    assert abs(math.log(6 * N * 20 * N / 1.2e17)) < 0.5  # N = 3.2e7, to a width's step
+    assert recipe.for_budget(family, 1.2e17) == recipe.sized(family, 1e17**0.5 / 10)
+
+
+def test_what_is_no_budget_is_refused():
+    with pytest.raises(BadInput, match="budget = 0"):
+        recipe.for_budget("mamba", 0)
+    with pytest.raises(BadInput, match=r"params = .*the smallest mamba"):
+        recipe.for_budget("mamba", 1e5)
+
+
+@each
 def test_counts_grow_with_the_width(family):
     counts = [recipe.params(family, width) for width in recipe.WIDTHS[:30]]
     assert counts == sorted(set(counts))
