@@ -160,7 +160,7 @@ def deltanet(width: int) -> Shape:
 def gated_deltanet(width: int) -> Shape:
     """Gated DeltaNet: keys of 3/4 D, values of 3/2 D; a mixer has 6 D^2 parameters. From width 256 on heads of 64 x
     128, as many as come nearest: on a GPU heads of 48 x 96 are padded, and passes over channels that are no multiple of
-    64 take several times as long (H100: a convolution's backward pass 0.38 ms, by its bytes 0.05)."""
+    64 take several times as long (H100: a convolution's backward pass 0.38 ms, by its bytes 0.03)."""
     d = _head_width(width)
     heads, key_dim = (round(3 * width / 256), 64) if d == 64 else (width // d, 3 * d // 4)
     section = "model.gated_deltanet"
