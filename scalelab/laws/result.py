@@ -103,11 +103,6 @@ class Result(Shown):
         """Keep a finding, once: a later one of the same code takes the place of the earlier."""
         self._notices = [n for n in self._notices if n.code != notice.code] + [notice]
 
-    # ---------------------------------------------------------------------------------------- text
-
-    def summary(self) -> str:
-        raise NotImplementedError
-
     def __repr__(self) -> str:
         values = ", ".join(f"{n}={v:.4g}" for n, v in zip(self.names, self.estimate, strict=True))
         codes = sorted({n.code for n in self.notices})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from abc import ABC, abstractmethod
 
 from scalelab.laws.notices import Notice
 
@@ -17,11 +18,11 @@ def percent(error: float) -> str:
     return "over 1000%" if error > 10 else f"{error:.2%}"
 
 
-class Shown:
+class Shown(ABC):
     """A result that a notebook shows by its `summary()`."""
 
-    def summary(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def summary(self) -> str: ...
 
     def _repr_html_(self) -> str:
         return pre(self.summary())
