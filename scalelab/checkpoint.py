@@ -103,6 +103,7 @@ class Checkpoints:
             try:
                 return self._restore(step, params, rest)
             except Exception as error:  # anything may come out of damaged files
+                _forget_abandoned_reads()
                 reason = " ".join(str(error).split()) or type(error).__name__
                 say(f"checkpoint of step {step} is damaged ({reason[:160]}); falling back to the one before")
                 self.manager.delete(step)
