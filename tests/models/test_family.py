@@ -59,6 +59,7 @@ def test_steps_and_lengths_equal_the_full_pass(name):
         close(full(name)(params, text[:, :T]), want[:, :T])
 
 
+@pytest.mark.once
 @each
 def test_any_split_with_carried_state_equals_the_full_pass(name):
     _, params = built(name)

@@ -69,6 +69,7 @@ def test_awkward_lengths(T):
     close(full("windows")(params, text[:, :T]), full("windows")(params, text)[:, :T])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("name", "cuts"), [("windows", (1, 4)), ("windows", (7,)), ("gemma", (7,)), ("gpt2", (7,))])
 def test_any_split_with_carried_state_equals_the_full_pass(name, cuts):
     _, params = built(name)
@@ -120,6 +121,7 @@ def test_rows_of_a_batch_do_not_see_each_other(name):
     np.testing.assert_array_equal(full(name)(params, text)[1:], full(name)(params, text.at[0].set(0))[1:])
 
 
+@pytest.mark.once
 @each
 def test_packed_documents_equal_the_documents_alone(name):
     _, params = built(name)
@@ -144,6 +146,7 @@ def test_learned_positions_are_added_and_have_an_end():
             run()
 
 
+@pytest.mark.once
 def test_qk_norm_over_all_heads_by_hand():
     graphdef, params = built("olmo2")
     layer = jax.tree.map(lambda a: a[0], params["period"]["0"]["mixer"])
@@ -162,6 +165,7 @@ def test_qk_norm_over_all_heads_by_hand():
 # ------------------------------------------------------------------------------------ the loss
 
 
+@pytest.mark.once
 @each
 def test_nll_is_that_of_the_logits(name):
     graphdef, params = built(name)
@@ -188,6 +192,7 @@ def moved(h, start, direction):
     return start + h * direction
 
 
+@pytest.mark.once
 def test_gradient_by_finite_differences():
     graphdef, params = built("gemma")
     loss, text = jax.jit(loss_of(graphdef)), tokens(4, 12)
@@ -307,6 +312,7 @@ def test_abstract_init_build_and_roles_have_one_tree(name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("placement", ["pre", "post", "peri", "out"])
 def test_placements_by_hand(placement):
     """One layer, written out."""
