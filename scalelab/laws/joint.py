@@ -6,6 +6,7 @@ derivatives. Sharing is the solver's tie between parameters, so it works for eve
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,13 +71,15 @@ class Joint(Law):
     def problem(self, columns, on):
         return Blocks(self, columns, on)
 
-    def evaluate(self, params, columns):
-        arm = columns["arm"].astype(int)
-        out = np.empty((len(params), len(arm)))
-        for k in np.unique(arm):
-            mine = arm == k
-            out[:, mine] = self.base.evaluate(self.split(params, k), _take(columns, mine))
-        return out
+    def columns_of(self, columns):
+        return {"arm": columns["arm"], **self.base.columns_of(columns)}
+
+    def formula(self, p, x):
+        value = np.nan
+        for k, arm in enumerate(self.arms):
+            own = types.SimpleNamespace(**{n: getattr(p, f"{n}[{arm}]") for n in self.base.parameters})
+            value = np.where(x.arm == k, self.base.formula(own, x), value)
+        return value
 
 
 class Blocks(Regression):

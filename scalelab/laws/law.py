@@ -7,6 +7,7 @@ else, from bad input to intervals, is here once for all forms.
 from __future__ import annotations
 
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ from scalelab.laws.table import Rows, Table, inputs_of, prepare
 STARTS = 8
 
 
-class Law:
+class Law(ABC):
     """A scaling law. Stateless: `fit` returns the result.
 
     A form defines `name`, `parameters`, `inputs` (roles of the columns it takes), `target` (role of what it
@@ -59,12 +60,12 @@ class Law:
     fewest_tokens: float = 1.0  # per parameter: below, an optimum is taken for the spurious one of a flexible surface
     paid: str = "params"  # role of the parameters that compute is paid for: `optimal` chooses these and tokens
 
+    @abstractmethod
     def formula(self, p: Any, x: Any) -> Any:
         """The target from parameters p.name and columns x.role, in NumPy operations that broadcast.
 
         It is called with arrays, p of shape (draws, 1) and x of shape (rows,), and with `Jet`s for p.
         """
-        raise NotImplementedError
 
     def table_of(self, table: Table, columns: Mapping[str, str], fitting: bool = False) -> Table:
         """The table with the law's inputs as columns, a row for each value wanted; `columns` is role -> column.

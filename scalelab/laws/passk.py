@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from scalelab.errors import BadInput
 from scalelab.laws.notices import Notice
 from scalelab.laws.objective import SQUARES
-from scalelab.laws.regression import Regression
+from scalelab.laws.regression import Problem
 from scalelab.laws.result import Result, provenance
 from scalelab.laws.solver import minimise
 
@@ -138,7 +138,7 @@ class BetaTail(Result):
         return "\n".join(lines)
 
 
-class BetaBinomial(Regression):
+class BetaBinomial(Problem):
     """The negative log-likelihood of counts, in (ln alpha, ln beta).
 
     ln P = sum_(j<c) ln(alpha + j) + sum_(j<n-c) ln(beta + j) - sum_(j<n) ln(alpha + beta + j), up to a constant: summed

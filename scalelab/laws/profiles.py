@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scalelab.errors import BadInput
 from scalelab.laws.intervals import curvature, own_coordinate
 from scalelab.laws.parameter import HUGE
-from scalelab.laws.regression import Regression, is_own
+from scalelab.laws.regression import Problem, Regression, is_own
 from scalelab.laws.solver import minimise
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def joint_quantile(level: float, freedom: int) -> float:
     return freedom * ((1 - level) ** (-2 / freedom) - 1)
 
 
-class Pinned(Regression):
+class Pinned(Problem):
     """Another problem in which rows @ theta keep the values that each lane begins with.
 
     The coordinates `pivots` hold these values instead of theta's own; nothing moves them.
@@ -55,9 +55,6 @@ class Pinned(Regression):
 
     def theta(self, pinned: Float[np.ndarray, "S P"]) -> Float[np.ndarray, "S P"]:
         return pinned @ self.spread.T
-
-    def model(self, theta):
-        return self.base.model(self.theta(theta))
 
     def evaluate(self, theta, weights, objective, data=None):
         value, gradient, *matrices = self.base.evaluate(self.theta(theta), weights, objective, data)

@@ -1,14 +1,15 @@
 """A law and a table as a regression problem in unconstrained coordinates theta: what the solver minimises.
 
-Residuals are differences of the model and the data on the objective's scale (logarithms or values). `Regression` says
-what every problem offers; `FormRegression` takes it from a law's own formula, whose derivatives are exact
-(`jet.py`); `Constrained` fixes and ties parameters of another problem. A law whose structure allows a faster way brings
-its own problem (`powersum.py`).
+Residuals are differences of the model and the data on the objective's scale (logarithms or values). `Problem` says what
+the solver asks, `Regression` what a fit asks beside that; `FormRegression` takes it from a law's own formula, whose
+derivatives are exact (`jet.py`); `Constrained` fixes and ties parameters of another problem. A law whose structure
+allows a faster way brings its own problem (`powersum.py`).
 """
 
 from __future__ import annotations
 
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ CANDIDATES = 1024  # points of the search box that are scored for starts
 APART = 0.15  # how far starts lie from each other, as a share of the search box in some coordinate
 
 
-class Regression:
+class Problem(ABC):
     """n rows, P coordinates. data: (n,) the target on the objective's scale. lower, upper: (P,) box of theta."""
 
     load = 1  # numbers that one evaluation holds, relative to one with derivatives by hand
@@ -34,6 +35,23 @@ class Regression:
     lower: Float[np.ndarray, " P"]
     upper: Float[np.ndarray, " P"]
     data: Float[np.ndarray, " n"]
+
+    @abstractmethod
+    def evaluate(
+        self,
+        theta: Float[np.ndarray, "S P"],
+        weights: Float[np.ndarray, "S n"],
+        objective: Objective,
+        data: Float[np.ndarray, "S n"] | None = None,
+    ) -> tuple[
+        Float[np.ndarray, " S"], Float[np.ndarray, "S P"], Float[np.ndarray, "S P P"], Float[np.ndarray, "S P P"]
+    ]:
+        """Objective, gradient, Hessian, and the iteratively reweighted Gauss-Newton matrix."""
+
+
+class Regression(Problem):
+    """A problem with a model of each row, whose coordinates are those of a law's parameters."""
+
     to_units: Float[np.ndarray, "P P"]  # theta -> u, each parameter's own coordinate (`Parameter.to_u`)
 
     @property
@@ -45,39 +63,27 @@ class Regression:
         """(row, constant): the own coordinate u of the law's parameter i is row @ theta + constant."""
         return self.to_units[i], 0.0
 
+    @abstractmethod
     def model(self, theta: Float[np.ndarray, "S P"]) -> Float[np.ndarray, "S n"]:
         """The law on the objective's scale."""
-        raise NotImplementedError
 
-    def evaluate(
-        self,
-        theta: Float[np.ndarray, "S P"],
-        weights: Float[np.ndarray, "S n"],
-        objective: Objective,
-        data: Float[np.ndarray, "S n"] | None = None,
-    ) -> tuple[
-        Float[np.ndarray, " S"], Float[np.ndarray, "S P"], Float[np.ndarray, "S P P"], Float[np.ndarray, "S P P"]
-    ]:
-        """Objective, gradient, Hessian, and the iteratively reweighted Gauss-Newton matrix."""
-        raise NotImplementedError
-
+    @abstractmethod
     def jacobian(self, theta: Float[np.ndarray, " P"]) -> Float[np.ndarray, "n P"]:
         """d model / d theta, row by row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def natural(self, theta: Float[np.ndarray, "S P"]) -> Float[np.ndarray, "S P"]:
         """theta -> the law's parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def internal(self, params: Float[np.ndarray, "S P"]) -> Float[np.ndarray, "S P"]:
         """The law's parameters -> theta."""
-        raise NotImplementedError
 
+    @abstractmethod
     def starts(
         self, weights: Float[np.ndarray, " n"], objective: Objective, count: int
     ) -> Float[np.ndarray, "count P"]:
         """Spread starting points, best first."""
-        raise NotImplementedError
 
     def cold_starts(self, weights: Float[np.ndarray, "R n"]) -> Float[np.ndarray, "R P"] | None:
         """A start of its own for each row of weights, where one costs less than a refit; None otherwise."""

@@ -1,6 +1,6 @@
 """The solver: batched damped Newton for robust regressions, in float64.
 
-A `Regression` knows its residuals; the solver knows nothing of laws. Lanes (starting points, bootstrap resamples) run
+A `Problem` knows its objective; the solver knows nothing of laws. Lanes (starting points, bootstrap resamples) run
 in lockstep along the first axis, with the rows' weights per lane: a resample is a vector of row counts. Lanes that
 are done leave the batch.
 
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from scalelab.laws.objective import Objective
-from scalelab.laws.regression import Regression
+from scalelab.laws.regression import Problem
 
 # Relative to the objective: the most that the quadratic model of a converged lane still promises to gain.
 TOLERANCE = 1e-14
@@ -46,7 +46,7 @@ class Solution:
 
 
 def minimise(
-    problem: Regression,
+    problem: Problem,
     theta: Float[np.ndarray, "S P"],
     weights: Float[np.ndarray, "S n"] | Float[np.ndarray, " n"],
     objective: Objective,
@@ -72,7 +72,7 @@ def minimise(
 
 
 def _newton(
-    problem: Regression, start: np.ndarray, weights: np.ndarray, objective: Objective, data: Any, tolerance: float,
+    problem: Problem, start: np.ndarray, weights: np.ndarray, objective: Objective, data: Any, tolerance: float,
     max_iterations: int, race: bool, tick: Callable[[int], None] | None,
 ) -> Solution:  # fmt: skip
     size, P = start.shape

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,18 +65,19 @@ class LinearMixer(Mixer):
     # -------------------------------------------------------------------------------- a mixer's own
 
     @staticmethod
+    @abstractmethod
     def sizes(spec: Spec, options: Any) -> Sizes:
-        raise NotImplementedError
+        """Of the options at this width."""
 
+    @abstractmethod
     def recur(
         self, x: Array, q: Array, k: Array, v: Array, S: Array | None, reset: Bool[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
         """The recurrence over x's queries, keys and values, after the convolution, from S on -> (o, S)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, x: Float[Array, "B T D"], o: Float[Array, "B T H dv"]) -> Float[Array, "B T H*dv"]:
         """What Wo multiplies."""
-        raise NotImplementedError
 
     # -------------------------------------------------------------------------------- shared
 

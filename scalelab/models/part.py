@@ -6,10 +6,12 @@ static method of the config, so that planning builds no module.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -31,8 +33,9 @@ class Part(nnx.Module):
             setattr(self, name, nnx.Param(draw(tensor, lead)))
 
     @staticmethod
+    @abstractmethod
     def tensors(spec: Spec, options: Any) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """Its parameters by name."""
 
     @classmethod
     def declared(cls, spec: Spec, options: Any, base: Any = None) -> dict[str, Tensor]:
@@ -65,25 +68,26 @@ class Mixer(Part):
     Options: ClassVar[type]  # frozen dataclass; its fields are those of the mixer's section in the config
 
     @staticmethod
+    @abstractmethod
     def check(options: Any, field: str, width: int) -> None:
         """Raises `BadInput` (names starting with `field`) for options that cannot be."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def flops(spec: Spec, options: Any, seq_len: int) -> Flops:
         """Forward, per token."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def decode_flops(spec: Spec, options: Any, context: int) -> float:
         """Of one decoded token that sees `context` tokens, itself included."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def state_bytes(spec: Spec, options: Any, length: int, dtype_bytes: int) -> int:
         """That decoding a sequence of `length` tokens holds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -93,14 +97,14 @@ class Mixer(Part):
     ) -> tuple[Float[Array, "B T D"], Any, dict[str, Any]]:
         """x -> (y, state after x or None, aux). With a state, x continues what the state has seen. `aux["loss"]`, if
         any, is added to the training loss; other entries are counters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def init_state(self, batch: int, max_len: int) -> Any:
-        raise NotImplementedError
+        """That of no token yet, for up to `max_len` of them."""
 
+    @abstractmethod
     def step(self, x_t: Float[Array, "B D"], state: Any) -> tuple[Float[Array, "B D"], Any]:
         """One more token of the same document."""
-        raise NotImplementedError
 
 
 class ChannelMixer(Part):
@@ -109,18 +113,18 @@ class ChannelMixer(Part):
     Options: ClassVar[type]
 
     @staticmethod
+    @abstractmethod
     def check(options: Any, field: str, width: int) -> None:
         """Raises `BadInput` (names starting with `field`) for options that cannot be."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def flops(spec: Spec, options: Any, tokens: int = 1) -> Flops:
         """Forward, per token of `tokens` at once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __call__(self, x: Float[Array, "*b D"]) -> tuple[Float[Array, "*b D"], dict[str, Any]]:
         """x -> (y, aux as a mixer's)."""
-        raise NotImplementedError
 
     # What the training step asks. Counters are the aux without "loss": sums over tokens, so that those of the parts of
     # a batch add up; in a scanned stack with an axis of layers in front, as the parameters have.
@@ -132,8 +136,8 @@ class ChannelMixer(Part):
 
     @staticmethod
     def rest_of_loss(options: Any, seen: dict[str, Array], whole: dict[str, Array]) -> Array:
-        """What its loss on a part of a batch lacks, given the counters of the part and of the whole."""
-        raise NotImplementedError
+        """What its loss on a part of a batch lacks, given the counters of the part and of the whole, where joint."""
+        return jnp.zeros(())
 
     @staticmethod
     def after_step(options: Any, params: dict[str, Array], counters: dict[str, Array]) -> dict[str, Array]:
