@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from scalelab.errors import BadInput
+
 SCHEMA = 1
 _UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -49,6 +51,11 @@ def checksums(tree: Any) -> dict[str, list[int]]:
     return dict(zip(names, ([int(v) for v in s] for s in jax.device_get(_checksums(tree))), strict=True))
 
 
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    """Path of every array -> its shape."""
+    return {jax.tree_util.keystr(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 class Damaged(Exception):
     """A checkpoint that does not hold what was saved."""
 
@@ -58,63 +65,86 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, keep_last: int = 2, keep_at: Sequence[int] = ()):
         self.keep_last, self.keep_at = keep_last, frozenset(keep_at)
+        self.damaged: set[int] = set()
+        self.newer = False  # whether one was saved since the folder was opened
         options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, params: Any, rest: Any | None, meta: dict[str, Any]) -> None:
         """Starts saving; the arrays may be overwritten as soon as this returns. An older save's failure raises here."""
-        self.manager.wait_until_finished()
+        self.wait()
+        if step in self.damaged:
+            self._delete(step)
         items: dict[str, Any] = {"params": ocp.args.StandardSave(params)}
         sums = {"params": checksums(params)}
         if rest is not None:
             items["rest"] = ocp.args.StandardSave(rest)
             sums["rest"] = checksums(rest)
-        document = {"schema": SCHEMA, "step": step, "checksums": sums, **meta}
+        shapes = {item: _shapes(tree) for item, tree in (("params", params), ("rest", rest)) if item in sums}
+        document = {"schema": SCHEMA, "step": step, "checksums": sums, "shapes": shapes, **meta}
         self.manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(document)), force=True)
-        self._prune(self.keep_last)
+        self.newer = True
 
-    def _prune(self, keep: int) -> None:
-        """Deletes all committed checkpoints but the newest `keep` and those to be kept for good."""
-        passing = [s for s in sorted(self.manager.all_steps()) if s not in self.keep_at]
-        for step in passing[:-keep] if keep else passing:
-            self.manager.delete(step)
+    def _delete(self, step: int) -> None:
+        self.manager.delete(step)
+        self.damaged.discard(step)
+
+    def wait(self) -> None:
+        """Until what was saved is committed. Only then do those before it go that are not to be kept, and damaged ones:
+        nothing is deleted for a checkpoint that may still fail."""
+        self.manager.wait_until_finished()
+        if not self.newer:
+            return
+        passing = [s for s in sorted(self.manager.all_steps()) if s not in self.keep_at | self.damaged]
+        for step in [*passing[: -self.keep_last], *self.damaged]:
+            self._delete(step)
 
     def clear(self) -> None:
         """Deletes all of them."""
         for step in self.manager.all_steps():
-            self.manager.delete(step)
+            self._delete(step)
 
     def keep_only(self, step: int | None) -> None:
         """Once the run is finished: drops what is neither the given step nor named in `keep_at`."""
         self.wait()
         for other in self.manager.all_steps():
             if other != step and other not in self.keep_at:
-                self.manager.delete(other)
+                self._delete(other)
 
     def restore(
         self, params: Any, rest: Any, say: Callable[[str], None]
     ) -> tuple[int, Any, Any | None, dict[str, Any]] | None:
         """The newest sound checkpoint: (step, params, rest or None for final weights, meta); None if there is none.
 
-        `params` and `rest` are trees of ShapeDtypeStruct with shardings. A damaged checkpoint is deleted, aloud, and
-        the one before it is tried.
+        `params` and `rest` are trees of ShapeDtypeStruct with shardings. A damaged checkpoint is passed over, aloud; it
+        goes when a later one is committed. Raises `BadInput` for one that holds other arrays than these; what says
+        nothing of the files, as a lack of memory, goes through.
         """
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 return self._restore(step, params, rest)
+            except (BadInput, MemoryError, jax.errors.JaxRuntimeError):
+                raise
             except Exception as error:  # anything may come out of damaged files
                 _forget_abandoned_reads()
                 reason = " ".join(str(error).split()) or type(error).__name__
                 say(f"checkpoint of step {step} is damaged ({reason[:160]}); falling back to the one before")
-                self.manager.delete(step)
+                self.damaged.add(step)
         return None
 
     def _restore(self, step: int, params: Any, rest: Any) -> tuple[int, Any, Any | None, dict[str, Any]]:
         meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         sums = meta["checksums"]
-        items = {"params": ocp.args.StandardRestore(params)}
-        if "rest" in sums:
-            items["rest"] = ocp.args.StandardRestore(rest)
+        wanted = {"params": params} | ({"rest": rest} if "rest" in sums else {})
+        for item, shapes in meta.get("shapes", {}).items():
+            if shapes != (ours := _shapes(wanted[item])):
+                name = next(name for name in (*shapes, *ours) if shapes.get(name) != ours.get(name))
+                remedy = (
+                    f"holds {item}{name} of shape {shapes.get(name)}, where this version has {ours.get(name)}: take the "
+                    "version that wrote it, or delete the run's folder to train it anew"
+                )
+                raise BadInput("checkpoint", str(self.manager.directory / str(step)), remedy)
+        items = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
         restored = self.manager.restore(step, args=ocp.args.Composite(**items))
         for item, expected in sums.items():
             found = checksums(restored[item])
@@ -124,9 +154,6 @@ class Checkpoints:
         if meta["step"] != step:
             raise Damaged(f"says it is of step {meta['step']}")
         return step, restored["params"], restored.get("rest"), meta
-
-    def wait(self) -> None:
-        self.manager.wait_until_finished()
 
     def close(self) -> None:
         self.manager.close()

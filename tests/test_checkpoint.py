@@ -7,6 +7,7 @@ import pytest
 
 from scalelab import checkpoint
 from scalelab.checkpoint import Checkpoints
+from scalelab.errors import BadInput
 
 
 def state(seed: int = 0):
@@ -118,7 +119,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_aloud(tmp_path, damag
     assert equal((params, rest), state(1))
     assert len(said) == 1
     assert "step 2 is damaged" in said[0]
+    assert sorted(opened.manager.all_steps()) == [1, 2]  # nothing goes for what may still fail
     opened.save(2, *state(2), {})  # the place is free again
+    opened.wait()
+    assert equal(opened.restore(*map(abstract, state()), say=pytest.fail)[1:3], state(2))
     opened.close()
 
 
@@ -143,6 +147,66 @@ def test_one_flipped_bit_anywhere_never_comes_back_as_parameters(tmp_path):
             assert equal(tuple(found), state(step))
             fell_back += step == 1
     assert fell_back > 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_goes_when_a_later_one_is_committed(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    truncate(tmp_path / "2")
+    opened = Checkpoints(tmp_path, keep_last=1)
+    assert opened.restore(*map(abstract, state()), say=lambda line: None)[0] == 1
+    opened.save(3, *state(3), {})
+    opened.wait()
+    assert sorted(opened.manager.all_steps()) == [3]
+    opened.close()
+
+
+def test_the_last_sound_one_stays_until_the_next_is_committed(tmp_path, monkeypatch):
+    saved = Checkpoints(tmp_path, keep_last=1)
+    saved.save(1, *state(1), {})
+    saved.wait()
+    kept = []
+    finished = saved.manager.wait_until_finished
+    saved.save(2, *state(2), {})
+    monkeypatch.setattr(saved.manager, "wait_until_finished", lambda: (kept.append(opens(tmp_path / "1")), finished()))
+    saved.wait()
+    assert kept == [True]
+    assert sorted(saved.manager.all_steps()) == [2]
+    saved.close()
+
+
+def opens(folder):
+    return (folder / "meta" / "metadata").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
+def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch, error):
+    save_steps(tmp_path, [1, 2])
+    opened = Checkpoints(tmp_path)
+
+    def restore(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(opened.manager, "restore", restore)
+        with pytest.raises(type(error)):
+            opened.restore(*map(abstract, state()), say=pytest.fail)
+    assert opened.restore(*map(abstract, state()), say=pytest.fail)[0] == 2
+    opened.close()
+
+
+def test_a_checkpoint_of_other_arrays_is_refused_and_stays(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    params, rest = map(abstract, state())
+    params["w"] = jax.ShapeDtypeStruct((17, 6), jnp.float32, sharding=params["w"].sharding)
+    opened = Checkpoints(tmp_path)
+    with pytest.raises(BadInput, match=r"2': holds params\['w'\] of shape \[17, 5\], where this version has \[17, 6\]"):
+        opened.restore(params, rest, say=pytest.fail)
+    del params["w"]
+    with pytest.raises(BadInput, match=r"where this version has None"):
+        opened.restore(params, rest, say=pytest.fail)
+    assert sorted(opened.manager.all_steps()) == [1, 2]
+    opened.close()
 
 
 def test_all_damaged_is_none(tmp_path):
