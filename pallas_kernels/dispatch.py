@@ -68,15 +68,19 @@ def explain(kernels: str, forms: Mapping[str, Refusal], on: Device | None = None
     on = on or device()
     passed_over = []
     for name, refusal in forms.items():
-        if DEVICES[name] != on.platform:
-            reason = f"needs a {DEVICES[name].upper()}, this is a {on.platform.upper()}"
-        else:
-            reason = (_hopper(on) if name == "mosaic_gpu" else "") or refusal()
-            reason = reason or (NOT_MEASURED if (op, name) in UNMEASURED else "")
+        reason = lacking(name, on) or refusal() or (NOT_MEASURED if (op, name) in UNMEASURED else "")
         if not reason:
             return Choice(name, tuple(passed_over))
         passed_over.append((name, reason))
     return Choice("xla", tuple(passed_over))
+
+
+def lacking(name: str, on: Device | None = None) -> str:
+    """Why a device (the default one) cannot run a form at all; "" where it can."""
+    on = on or device()
+    if name in DEVICES and DEVICES[name] != on.platform:
+        return f"needs a {DEVICES[name].upper()}, this is a {on.platform.upper()}"
+    return _hopper(on) if name == "mosaic_gpu" else ""
 
 
 def form(op: str, name: str) -> Any:

@@ -140,8 +140,8 @@ class Checkpoints:
             if shapes != (ours := _shapes(wanted[item])):
                 name = next(name for name in (*shapes, *ours) if shapes.get(name) != ours.get(name))
                 remedy = (
-                    f"holds {item}{name} of shape {shapes.get(name)}, where this version has {ours.get(name)}: take the "
-                    "version that wrote it, or delete the run's folder to train it anew"
+                    f"holds {item}{name} of shape {shapes.get(name)}, where this version has {ours.get(name)}: take "
+                    "the version that wrote it, or delete the run's folder to train it anew"
                 )
                 raise BadInput("checkpoint", str(self.manager.directory / str(step)), remedy)
         items = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}

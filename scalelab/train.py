@@ -219,6 +219,8 @@ def run(spec: RunSpec, runs: str | os.PathLike[str] | None = None, sinks: Sequen
             "jax.process_count()", jax.process_count(), "a run is trained by one process, on all its devices"
         )
     validate(spec.config)
+    if (reason := dispatch.lacking(spec.config.kernels)) and not dispatch.interpret():
+        raise BadInput("config.kernels", spec.config.kernels, reason)
     use_compilation_cache()
     keep_freed_memory()
     corpus = data.open(spec.config.data)

@@ -44,9 +44,32 @@ def test_what_no_device_has_run_yet_is_measured_where_it_can_be(monkeypatch):
 
 def test_a_row_of_measurements(capsys):
     assert cli.main(["bench", "kernels", "--ops=cross_entropy"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cross_entropy")]
+    assert [row[4] for row in rows] == ["reference", "xla"]
+    assert rows[0][8] == rows[0][12] == "1.00"  # over itself
+
+
+def test_what_is_wrong_or_fails_is_marked_and_ends_with_1(capsys, monkeypatch):
+    def run(kernels):
+        if kernels == "splash":
+            raise ValueError("no such thing, " * 20)
+        return lambda x: jnp.where(kernels == "auto", jnp.nan, 2.0) * x
+
+    x = cases.Input((4, 8), jnp.float32, cases.normal())
+    case = cases.Case("gla", "B4", 4, lambda rows: [x], run, 64.0, baseline="reference")
+    monkeypatch.setattr(kernels, "runnable", lambda case: ["reference", "splash", "auto"])
+    monkeypatch.setattr(cases, "all_cases", lambda platform, dtype: [case])
+    assert cli.main(["bench", "kernels"]) == 1
     out = capsys.readouterr().out
-    assert "over xla" in out
-    assert "1.00" in out
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("gla")] == ["reference", "splash", "auto"]
+    assert "nan wrong" in out
+    assert "failed: gla B4, splash: no such thing" in out
+    assert "…" not in out
+
+
+def test_torch_is_timed_in_bfloat16_alone(capsys):
+    assert cli.main(["bench", "kernels", "--torch", "--dtype=float32"]) == 2
+    assert "--dtype = 'float32': must be bfloat16 beside --torch" in capsys.readouterr().err
 
 
 def test_bad_input(capsys):

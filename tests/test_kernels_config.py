@@ -1,10 +1,12 @@
 """config.kernels: the same numbers whichever runs, a run's id apart from it, and one line where it cannot be."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalelab import config, data, recipe, train
-from scalelab.config import base, finish
+from scalelab import config, data, models, recipe, train
+from scalelab.config import base, finish, override
 from scalelab.errors import BadInput
 from tests.helpers import TINY, arguments, environment, scalelab, small_corpus
 
@@ -36,6 +38,9 @@ def test_what_cannot_be_is_one_line(tmp_path):
     conf = finish(base(), {**TINY, "kernels": "cudnn"})
     with pytest.raises(BadInput, match=r"config.kernels = 'cudnn': attention: .*takes bfloat16 and float16"):
         train.Trainer(conf, data.open(conf.data))
+    with pytest.raises(BadInput, match=r"config.kernels = 'mosaic_tpu': needs a TPU, this is a CPU"):
+        train.run(config.RunSpec(finish(base(), {**TINY, "kernels": "mosaic_tpu"}), {}), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
     done = scalelab(
         "train", *arguments(small_corpus(tmp_path / "text"), kernels="triton"), cwd=tmp_path, env=environment()
     )
@@ -53,6 +58,19 @@ RECURRENT = {
     "gated_deltanet": {},
     "xlstm": {"model.blocks": (("mlstm", "mlp"), ("slstm", "mlp"))},
 }
+
+
+def test_attention_lowers_for_two_tpus_that_share_a_batch():
+    """A kernel that the compiler would have to split is an error."""
+    changes = recipe.shape("transformer", 128) | {"model.vocab_size": 32, "model.layers": 1, "kernels": "splash"}
+    model = override(base(), changes).model
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    graphdef, params = models.abstract(model, mesh=mesh, shards=2, kernels="splash")
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32, sharding=rows)
+    step = jax.jit(jax.grad(lambda params, x: jnp.sum(models.merge(graphdef, params).nll(x, x)[0])))
+    text = step.trace(params, tokens).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 3
 
 
 @pytest.mark.slow

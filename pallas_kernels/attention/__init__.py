@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import cudnn, reference, splash
 from pallas_kernels.attention.xla import attend, causal, visible
 
-__all__ = ["attend", "attention", "visible"]
+__all__ = ["attention", "cached", "visible"]
 
 
 def attention(
@@ -42,3 +42,22 @@ def attention(
     }
     run = {"cudnn": cudnn.attention, "splash": splash.attention, "xla": causal, "reference": reference.attention}
     return run[dispatch.choose("attention", kernels, forms)](q, k, v, segment_ids, window, cap, scale)
+
+
+def cached(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B K Hk d"],
+    v: Float[Array, "B K Hk d"],
+    mask: Bool[Array, "#B T K"],
+    *,
+    cap: float = 0.0,
+    scale: float | None = None,
+    kernels: str = "auto",
+) -> Float[Array, "B T H d"]:
+    """As `attention`, of T tokens that see what `mask` says of keys in any order: those of a cache and their own.
+
+    Plain JAX everywhere: 4 H d K FLOPs a token. For one token the time is that of reading the cache; for a prompt on an
+    accelerator there is a warning.
+    """
+    dispatch.choose("attention over a cache", kernels, {}, plain_is_fast=q.shape[1] == 1)
+    return attend(q, k, v, mask, cap, scale)

@@ -6,19 +6,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention.xla import seen
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def refusal(q: Array, k: Array, cap: float) -> str:
-    d = q.shape[-1]
+    """What `jax.nn` and cuDNN refuse, with gradients and under a mask."""
+    d, T, K = q.shape[-1], q.shape[1], k.shape[1]
+    capability = dispatch.device().capability
+    widest = 128 if capability and tuple(map(int, capability.split("."))) < (9, 0) else 256
     if q.dtype not in DTYPES:
         return f"takes bfloat16 and float16, not {q.dtype}"
-    if d % 8 or d > 256:
-        return f"takes head widths that are multiples of 8 up to 256, not {d}"
-    if q.shape[1] < 2 or k.shape[1] % 2:
-        return f"takes an even number of keys, not {k.shape[1]}"
+    if d % 8 or d > widest:
+        return f"takes head widths that are multiples of 8 up to {widest}, not {d}"
+    if T % 2 or K % 2:
+        return f"takes even numbers of queries and keys, not {T} and {K}"
     return "has no soft cap" if cap else ""
 
 

@@ -24,7 +24,7 @@ def slstm(
         h, c, n, m = (
             jnp.where(new[:, None, None], fresh, a) for fresh, a in zip((0, 0, 0, EMPTY), before, strict=True)
         )
-        i, f, z, o = jnp.moveaxis(raw, 2, 0) + jnp.einsum("bhd,ghde->gbhe", h, recurrent)
+        i, f, z, o = jnp.moveaxis(raw, 2, 0) + jnp.einsum("bhd,ghde->gbhe", h, recurrent, precision="highest")
         log_f = jax.nn.log_sigmoid(f)
         m_t = jax.lax.stop_gradient(jnp.maximum(log_f + m, i))
         keep, add = jnp.exp(log_f + m - m_t), jnp.exp(i - m_t)

@@ -21,7 +21,7 @@ from pallas_kernels.cross_entropy import cross_entropy
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.gated_recurrence import gated_recurrence
 from pallas_kernels.gla import gla
-from pallas_kernels.grouped_matmul import ragged_matmul
+from pallas_kernels.grouped_matmul import KERNEL_TILE, grouped_matmul, ragged_matmul
 from pallas_kernels.mlstm import mlstm
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.short_conv import short_conv
@@ -51,6 +51,7 @@ class Case:
     gradient_factor: float = 3.0  # FLOPs with gradients over those without
     small: int = 1  # rows of the comparison with the definition
     short: int = 0  # and their tokens, where the definition keeps a state for each; 0: all
+    baseline: str = "xla"  # what times and memory are compared with
     peer: dict[str, Any] = field(default_factory=dict)  # for `torch_ops`
 
     @property
@@ -129,6 +130,7 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
             convolution_case(B, T, 128, 4, D),
             slstm_case(B, T, 4, 64),
             entropy_case(512, 64, 2048, D),
+            tiles_case(4, 512, 64, 96, D),
             experts_case(4, 512, 64, 96, D),
         ]
     return [
@@ -145,7 +147,8 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
         slstm_case(16, 2048, 4, 128),
         entropy_case(16384, 1024, 32768, D),
         entropy_case(16384, 2048, 131072, D),
-        experts_case(8, 32768, 1024, 2816, D),
+        tiles_case(8, 32768, 1024, 2816, D),
+        tiles_case(64, 131072, 1024, 384, D),
         experts_case(64, 131072, 1024, 384, D),
         experts_case(64, 131072, 1024, 352, D),
         experts_case(64, 131072, 384, 1024, D),
@@ -193,7 +196,7 @@ def gla_case(B: int, T: int, H: int, d: int, dtype: Any) -> Case:
         parts = [Input((rows, T, H, d), dtype, normal(scale)) for scale in (d**-0.25, d**-0.25, 1.0)]
         return [*parts, Input((rows, T, H, d), F32, uniform(-0.1, 0))]
 
-    flops = B * T * H * (4 * d * 16.5 + 4 * d * d)
+    flops = B * T * H * (4 * d * 32.5 + 4 * d * d)
     return Case(
         "gla", f"B{B} T{T} H{H} {d}x{d}", B, inputs,
         lambda kernels: partial(gla, kernels=kernels), flops, short=min(T, 1024),
@@ -205,7 +208,7 @@ def delta_case(B: int, T: int, H: int, d: int, dtype: Any) -> Case:
         parts = [Input((rows, T, H, d), dtype, draw) for draw in (unit, unit, normal())]
         return [*parts, Input((rows, T, H), F32, uniform(0, 1)), Input((rows, T, H), F32, uniform(-0.1, 0))]
 
-    flops = B * T * H * (6 * d * 16.5 + 6 * d * d)
+    flops = B * T * H * (10 * d * 32.5 + 6 * d * d + 64**2 / 3)
     return Case(
         "delta_rule", f"B{B} T{T} H{H} {d}x{d}", B, inputs,
         lambda kernels: partial(delta_rule, kernels=kernels), flops, short=min(T, 1024),
@@ -225,6 +228,7 @@ def scan_case(B: int, T: int, E: int, N: int, dtype: Any) -> Case:
     return Case(
         "selective_scan", f"B{B} T{T} E{E} N{N}", B, inputs,
         lambda kernels: partial(selective_scan, kernels=kernels), 7.0 * B * T * E * N, short=min(T, 1024),
+        baseline="reference",  # `associative_scan`
     )  # fmt: skip
 
 
@@ -256,9 +260,12 @@ def entropy_case(N: int, D: int, V: int, dtype: Any) -> Case:
             Input((rows,), jnp.int32, whole(0, V)),
         ]  # fmt: skip
 
+    def run(kernels: str) -> Callable[..., Any]:  # in chunks, also of the few rows of the comparison
+        return lambda x, *rest: cross_entropy(x, *rest, chunk=min(2048, len(x) // 4), kernels=kernels)
+
     return Case(
-        "cross_entropy", f"N{N} D{D} V{V}", N, inputs,
-        lambda kernels: partial(cross_entropy, chunk=2048, kernels=kernels), 2.0 * N * D * V, small=256,
+        "cross_entropy", f"N{N} D{D} V{V}", N, inputs, run, 2.0 * N * D * V, small=256,
+        baseline="reference",  # logits at once
     )  # fmt: skip
 
 
@@ -271,8 +278,31 @@ def experts_case(G: int, M: int, K: int, N: int, dtype: Any) -> Case:
         ]  # fmt: skip
 
     return Case(
-        "grouped_matmul", f"E{G} M{M} {K}x{N}", M, inputs,
-        lambda kernels: partial(ragged_matmul, kernels=kernels), 2.0 * M * K * N, small=128,
+        "grouped_matmul", f"E{G} M{M} {K}x{N} ragged", M, inputs,
+        lambda kernels: partial(ragged_matmul, kernels=kernels), 2.0 * M * K * N, small=1024,
+        peer={"op": "grouped_matmul", "sizes": uneven(M, G, 16), "K": K, "N": N},
+    )  # fmt: skip
+
+
+def tiles_case(G: int, M: int, K: int, N: int, dtype: Any) -> Case:
+    """As a mixture lays its rows out: in tiles, each of one group."""
+
+    def inputs(rows: int) -> list[Input]:
+        sizes = np.asarray(uneven(rows, G, 1))
+        tiles = -(-sizes // KERNEL_TILE)
+        group = np.repeat(np.arange(G), tiles)
+        first = np.arange(len(group)) - np.repeat(np.cumsum(tiles) - tiles, tiles)  # tiles of its group before each
+        filled = first[:, None] * KERNEL_TILE + np.arange(KERNEL_TILE) < sizes[group, None]
+        rows_of = jnp.asarray(filled[:, :, None])
+        return [
+            Input((len(group), KERNEL_TILE, K), dtype, lambda key, shape: rows_of * normal()(key, shape)),
+            Input((G, K, N), dtype, normal(K**-0.5)),
+            Input((len(group),), jnp.int32, lambda key, shape: jnp.asarray(group)),
+        ]
+
+    return Case(
+        "grouped_matmul", f"E{G} M{M} {K}x{N} tiles", M, inputs,
+        lambda kernels: partial(grouped_matmul, kernels=kernels), 2.0 * M * K * N, small=1024,
         peer={"op": "grouped_matmul", "sizes": uneven(M, G, 16), "K": K, "N": N},
     )  # fmt: skip
 

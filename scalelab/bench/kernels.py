@@ -7,9 +7,10 @@ First every implementation that runs here is compared with the definition, in fl
 same shape but for one row of the batch, of at most 1,024 tokens where the definition keeps a state for each: ||x -
 want|| / ||want||, the outputs and the worst of all gradients. Then the forward pass, and the forward pass with all
 gradients under a random cotangent, are timed: medians of rounds queued and waited for once. Times are given over those
-of the plain form in the same run, and as the share of them that the floor is: the larger of FLOPs over the rate of a
-large matrix product and bytes over that of a large copy, both measured first. `--torch` adds PyTorch's own operations,
-in a process before. On a CPU the shapes are small.
+of a baseline in the same run (`xla`, the plain form; for what has a common way of its own that, the `reference`), and
+as the share of them that the floor is: the larger of FLOPs over the rate of a large matrix product and bytes over that
+of a large copy, both measured first. `--torch` adds PyTorch's own operations, in a process before. On a CPU the shapes
+are small. An error beyond `LIMITS` is marked, and the exit status 1.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from scalelab.bench.throughput import matmul_rate, median_seconds
 from scalelab.errors import BadInput
 from scalelab.schema import choice as choice_of
 
+LIMITS = 1e-2, 2e-2  # of outputs, of gradients: four times what bfloat16's rounding makes of the worst
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -52,6 +55,10 @@ class Seen:
     floor: tuple[float, float]  # least seconds of forward, both
     note: str = ""
 
+    @property
+    def wrong(self) -> bool:
+        return not self.note and not (self.error <= LIMITS[0] and self.gradient_error <= LIMITS[1])
+
 
 def main(ops: Sequence[str], listing: bool, torch: bool, dtype: str) -> int:
     for op in ops:
@@ -60,7 +67,9 @@ def main(ops: Sequence[str], listing: bool, torch: bool, dtype: str) -> int:
     choice_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
     wanted = [case for case in cases.all_cases(dispatch.device().platform, dtype) if not ops or case.op in ops]
     if listing:
-        return list_choices(wanted)
+        return list_choices(wanted, dtype)
+    if torch and dtype != "bfloat16":
+        raise BadInput("--dtype", dtype, "must be bfloat16 beside --torch, whose operations are timed in it")
     peers = peer_times(wanted) if torch else []
     rates = matmul_rate(), copy_rate()
     console = Console(stderr=True)
@@ -70,7 +79,7 @@ def main(ops: Sequence[str], listing: bool, torch: bool, dtype: str) -> int:
             seen.append(measured(case, kernels, rates))
             console.print(f"{case.op} {case.name}: {kernels} {seen[-1].note}")
     report(seen, peers, rates)
-    return 0
+    return 1 if any(row.wrong or row.note for row in seen) else 0
 
 
 # ------------------------------------------------------------------------------------ which
@@ -84,18 +93,21 @@ def choices(case: cases.Case) -> dict[str, dispatch.Choice]:
 
 
 def runnable(case: cases.Case) -> Iterator[str]:
-    """The plain form, what waits for its first measurement here, and what "auto" takes where that is another."""
+    """The baseline and the plain form, what waits for its first measurement here, and what "auto" takes where that is
+    another."""
     found = choices(case)
-    yield "xla"
+    yield from dict.fromkeys((case.baseline, "xla"))
     passed_over = [pair for choice in found.values() for pair in choice.passed_over]
     yield from (waiting := dict.fromkeys(name for name, reason in passed_over if reason == dispatch.NOT_MEASURED))
     if (chosen := found[case.op].implementation) != "xla":
         yield "auto" if chosen in waiting else chosen  # by its name it would be with the part that waits
 
 
-def list_choices(wanted: Sequence[cases.Case]) -> int:
+def list_choices(wanted: Sequence[cases.Case], dtype: str) -> int:
     device = dispatch.device()
-    table = Table(title=f"Implementations on {device.kind}", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"Implementations on {device.kind}, operands in {dtype}", title_justify="left", box=None, pad_edge=False
+    )
     table.add_column("operation", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     table.add_column("runs", no_wrap=True)
@@ -169,7 +181,7 @@ def errors(case: cases.Case, kernels: str) -> tuple[float, float]:
         definition = jax.jit(value_and_pull(case.run("reference")))
         want = definition(jax.tree.map(lambda a: a.astype(jnp.float32), cotangents), *exact)
     gaps = [jax.tree.leaves(jax.tree.map(gap, a, b)) for a, b in zip(got, want, strict=True)]
-    return max(gaps[0]), max(gaps[1])
+    return float(np.max(gaps[0])), float(np.max(gaps[1]))  # NaN, which Python's max passes over, where one is
 
 
 def gap(a: Any, b: Any) -> float:
@@ -207,22 +219,24 @@ def peer_times(wanted: Sequence[cases.Case]) -> list[Seen]:
 def report(seen: Sequence[Seen], peers: Sequence[Seen], rates: tuple[float, float]) -> None:
     table = Table(
         title=f"{dispatch.device().kind}: {rates[0] / 1e12:.3g} TFLOP/s in a large product, {rates[1] / 1e9:.4g} GB/s "
-        "in a large copy; times in ms, over xla's, and the floor's share of them",
+        "in a large copy; times in ms, over the baseline's, and the floor's share of them",
         title_justify="left", box=None, pad_edge=False,
     )  # fmt: skip
     for column in ("operation", "shape", "runs"):
         table.add_column(column, no_wrap=True)
     for column in (
-        "error", "of gradients", "forward", "over xla", "floor", "with gradients", "range", "over xla", "floor", "MB"
+        "error", "of gradients", "forward", "over", "floor", "with gradients", "range", "over", "floor", "MB"
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
-    base = {(row.op, row.case): row for row in seen if row.kernels == "xla"}
+    base = {}
+    for row in seen:  # the baseline comes first
+        base.setdefault((row.op, row.case), row)
     for row in sorted([*seen, *peers], key=lambda row: list(base).index((row.op, row.case))):
         if row.note:
-            table.add_row(row.op, row.case, row.kernels, row.note)
+            table.add_row(row.op, row.case, row.kernels, "failed")
             continue
         plain = base[row.op, row.case]
-        cells = [f"{row.error:.1e}", f"{row.gradient_error:.1e}"]
+        cells = [f"{row.error:.1e}", f"{row.gradient_error:.1e}" + (" wrong" if row in seen and row.wrong else "")]
         for time, of, floor in (
             (row.forward, plain.forward, row.floor[0]), (row.both, plain.both, row.floor[1]),
         ):  # fmt: skip
@@ -230,4 +244,7 @@ def report(seen: Sequence[Seen], peers: Sequence[Seen], rates: tuple[float, floa
         cells.insert(6, f"{1e3 * row.spread:.3f}")
         table.add_row(row.op, row.case, row.kernels, *cells, f"{row.memory / 1e6:,.0f}")
     out = Console()
-    (out if out.is_terminal else Console(width=190)).print(table)
+    out = out if out.is_terminal else Console(width=190)
+    out.print(table)
+    for row in (row for row in seen if row.note):
+        out.print(f"failed: {row.op} {row.case}, {row.kernels}: {row.note}", highlight=False)

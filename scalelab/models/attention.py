@@ -141,12 +141,11 @@ class Attention(Mixer):
                 for name, a in (("k", k), ("v", v))
             )
         if mask is None:
-            y = attention.attention(
-                q, k, v, segment_ids, window=o.window, cap=o.soft_cap, scale=self._scale(), kernels=self.spec.kernels
-            )
+            run = self.per_row(attention.attention, window=o.window, cap=o.soft_cap, scale=self._scale())
+            y = run(q, k, v, segment_ids)
         else:
             mask = jnp.pad(mask, ((0, 0), (0, 0), (prefix, 0)), constant_values=True)
-            y = attention.attend(q, k, v, mask, o.soft_cap, self._scale())
+            y = attention.cached(q, k, v, mask, cap=o.soft_cap, scale=self._scale(), kernels=self.spec.kernels)
         y = linear(y.reshape(*y.shape[:2], -1), self.weight("out").reshape(-1, x.shape[-1]))
         return (y + self.weight("out_bias") if o.bias else y), state, {}
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import attend
+from pallas_kernels.attention.xla import attend
 from scalelab.config import base, override
 from scalelab.models.attention import Attention
 from scalelab.models.layers import layer_norm, rms_norm, rope

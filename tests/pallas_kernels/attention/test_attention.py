@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import attention, cudnn, reference, splash
+from pallas_kernels.attention import attention, cached, cudnn, reference, splash
 
 
 def inputs(T, K=None, H=4, Hk=2, d=8, B=2, dtype=jnp.float32, seed=0):
@@ -73,7 +73,15 @@ def test_splash_attention_lowers_for_a_tpu_at_training_shapes(d):
     assert text.count("tpu_custom_call") >= 3  # forward, dq, dkv
 
 
-def test_what_does_not_fit_is_refused_with_its_reason():
+def test_a_prompt_over_a_cache_warns_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(dispatch, "device", lambda: dispatch.Device("gpu", "NVIDIA H100", "9.0"))
+    mask = jnp.ones((1, 8, 8), bool)
+    with pytest.warns(dispatch.Fallback, match="attention over a cache runs as plain XLA"):
+        cached(*inputs(8), mask)
+    cached(*inputs(1, 8), mask[:, :1])  # one token: nothing is faster
+
+
+def test_what_does_not_fit_is_refused_with_its_reason(monkeypatch):
     q, k, _ = inputs(8)
     assert "float32" in cudnn.refusal(q, k, 0.0)
     half = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
@@ -81,6 +89,11 @@ def test_what_does_not_fit_is_refused_with_its_reason():
     assert "soft cap" in cudnn.refusal(*half, 30.0)
     assert "head widths" in cudnn.refusal(*(jnp.pad(a, [(0, 0)] * 3 + [(0, 3)]) for a in half), 0.0)
     assert "multiples of 128" in splash.refusal(q, k)
+    assert "even numbers" in cudnn.refusal(*(a.astype(jnp.bfloat16) for a in inputs(9, 12)[:2]), 0.0)
+    wide = [a.astype(jnp.bfloat16) for a in inputs(8, d=192)[:2]]
+    assert cudnn.refusal(*wide, 0.0) == ""
+    monkeypatch.setattr(dispatch, "device", lambda: dispatch.Device("gpu", "NVIDIA A100", "8.0"))
+    assert "up to 128, not 192" in cudnn.refusal(*wide, 0.0)
     with pytest.raises(dispatch.Unsupported, match="attention: kernels = 'splash' does not run: takes lengths"):
         attention(*inputs(8), kernels="splash")
     with pytest.raises(ValueError, match="must be one of auto"):
