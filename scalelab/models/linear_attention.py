@@ -121,12 +121,6 @@ class LinearMixer(Mixer):
             state["conv"], state["conv_segments"] = no_past(batch, sizes.conv, sizes.channels, self.spec.dtype)
         return state
 
-    def step(self, x_t: Float[Array, "B D"], state: dict[str, Array]) -> tuple[Float[Array, "B D"], dict[str, Array]]:
-        """One token; the same arithmetic as the full pass, in a chunk of one."""
-        y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
-        assert after is not None
-        return y[:, 0], after
-
 
 def shared_tensors(spec: Spec, sizes: Sizes) -> dict[str, Tensor]:
     """W_q, W_k and W_v side by side, the convolution's taps, W_o."""

@@ -143,12 +143,6 @@ class Mamba(Mixer):
             "segment": jnp.zeros((batch,), jnp.int32),
         }
 
-    def step(self, x_t: Float[Array, "B D"], state: dict[str, Array]) -> tuple[Float[Array, "B D"], dict[str, Array]]:
-        """One token; the same arithmetic as the full pass, in a chunk of one."""
-        y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
-        assert after is not None
-        return y[:, 0], after
-
 
 @jax.custom_vjp
 def step_sizes(raw: Float[Array, "*b E"], bias: Float[Array, " E"]) -> Float[Array, "*b E"]:
@@ -292,12 +286,6 @@ class Mamba2(Mixer):
             "conv_segments": past_segments,
             "segment": jnp.zeros((batch,), jnp.int32),
         }
-
-    def step(self, x_t: Float[Array, "B D"], state: dict[str, Array]) -> tuple[Float[Array, "B D"], dict[str, Array]]:
-        """One token; the same arithmetic as the full pass, in a chunk of one."""
-        y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
-        assert after is not None
-        return y[:, 0], after
 
     def _rates(self, x: Array) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
         """dt and log decay, float32."""

@@ -102,9 +102,10 @@ class Mixer(Part):
     def init_state(self, batch: int, max_len: int) -> Any:
         """That of no token yet, for up to `max_len` of them."""
 
-    @abstractmethod
     def step(self, x_t: Float[Array, "B D"], state: Any) -> tuple[Float[Array, "B D"], Any]:
-        """One more token of the same document."""
+        """One more token of the same document: the full pass, of one. Mixers that use positions have their own."""
+        y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
+        return y[:, 0], after
 
 
 class ChannelMixer(Part):

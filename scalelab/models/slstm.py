@@ -122,8 +122,3 @@ class SLSTM(Mixer):
         empty = jnp.zeros((batch, D), jnp.float32)
         state = {"h": empty, "c": empty, "n": empty, "m": jnp.full((batch, D), EMPTY, jnp.float32)}
         return state | {"conv": past, "conv_segments": past_segments, "segment": jnp.zeros((batch,), jnp.int32)}
-
-    def step(self, x_t: Float[Array, "B D"], state: dict[str, Array]) -> tuple[Float[Array, "B D"], dict[str, Array]]:
-        y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
-        assert after is not None
-        return y[:, 0], after

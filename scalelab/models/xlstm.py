@@ -176,11 +176,6 @@ class MLSTM(Mixer):
         cell = empty_cell(batch, self.options.heads, *self.sizes(self.spec, self.options))
         return cell | {"segment": jnp.zeros((batch,), jnp.int32)}
 
-    def step(self, x_t: Float[Array, "B D"], state: dict[str, Array]) -> tuple[Float[Array, "B D"], dict[str, Array]]:
-        y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
-        assert after is not None
-        return y[:, 0], after
-
 
 @pointwise
 def output_gate(o: Array, h: Array) -> Array:
@@ -303,11 +298,6 @@ class MLSTMUp(Mixer):
         past, past_segments = no_past(batch, o.conv, E, self.spec.dtype)
         state = empty_cell(batch, H, E // H, E // H) | {"conv": past, "conv_segments": past_segments}
         return state | {"segment": jnp.zeros((batch,), jnp.int32)}
-
-    def step(self, x_t: Float[Array, "B D"], state: dict[str, Array]) -> tuple[Float[Array, "B D"], dict[str, Array]]:
-        y, after, _ = self(x_t[:, None], None, jnp.zeros((1, 1), jnp.int32), state)
-        assert after is not None
-        return y[:, 0], after
 
 
 def block_diagonal(x: Float[Array, "B T E"], w: Float[Array, "n b b"]) -> Float[Array, "B T E"]:
