@@ -310,6 +310,9 @@ def _bench(args: argparse.Namespace) -> int:
     if args.what == "kernels":
         from scalelab.bench import kernels
 
+        families = [name for name in args.families.split(",") if name]
+        if args.list and families:
+            return kernels.list_families(families, args.params or 130e6, args.rows, args.seq_len, args.dtype)
         return kernels.main([op for op in args.ops.split(",") if op], args.list, args.torch, args.dtype)
     if args.what == "coords":
         from scalelab.bench import coords

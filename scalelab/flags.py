@@ -116,9 +116,10 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="fit: interleaved repeats (default: 7)")
     p.add_argument("--whole", action="store_true", help="fit: time SciPy's 4,500 starts in full too")
     p.add_argument("--params", type=float, default=None, metavar="N",
-                   help="families, train: size of each (default: 1e5, 130e6)")  # fmt: skip
+                   help="families, train, kernels --list: size of each (default: 1e5, 130e6, 130e6)")  # fmt: skip
     p.add_argument("--families", default="", metavar="A,B,...",
-                   help="families, train: which (default: all of the recipe)")  # fmt: skip
+                   help="families, train: which (default: all of the recipe); kernels --list: what their training "
+                   "steps take, not the benchmark's shapes")  # fmt: skip
     p.add_argument("--kernels", default="auto,xla", metavar="A,B,...",
                    help="train: implementations, as in config.kernels (default: auto,xla)")  # fmt: skip
     p.add_argument("--rows", type=int, default=8, metavar="N", help="train: of a batch (default: 8)")
@@ -128,7 +129,7 @@ def _add_bench(p: argparse.ArgumentParser) -> None:
                    help="train, kernels: beside PyTorch's Llama, PyTorch's operations")  # fmt: skip
     p.add_argument("--profile", action="store_true", help="train: say where the time of each step goes")
     p.add_argument("--ops", default="", metavar="A,B,...", help="kernels: which (default: all)")
-    p.add_argument("--list", action="store_true", help="kernels: only which implementation runs, and why not a faster")
+    p.add_argument("--list", action="store_true", help="kernels: which implementation runs, and why not a faster")
     p.add_argument("--dtype", default="bfloat16", help="kernels: of the operands (default: bfloat16)")
     p.add_argument("--family", default="transformer", metavar="FAMILY[:OPTIONS]",
                    help="coords: of the recipe, as xlstm:mixer=slstm (default: transformer)")  # fmt: skip

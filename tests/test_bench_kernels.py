@@ -17,6 +17,21 @@ def test_the_list_names_every_operation_and_why(capsys):
     assert "splash: needs a TPU, this is a CPU" in out
 
 
+def test_the_list_of_a_familys_training_step(capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "device", lambda: dispatch.Device("gpu", "NVIDIA A100", "8.0"))
+    command = ["bench", "kernels", "--list", "--families=mamba2,deltanet", "--params=1e5", "--rows=2", "--seq-len=32"]
+    assert cli.main(command) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:] if line[:1].strip()]
+    assert [row[:3] for row in rows] == [
+        [family, op, "xla"]
+        for family, mixer in (("mamba2", "gated_recurrence"), ("deltanet", "delta_rule"))
+        for op in ("short_conv", mixer, "cross_entropy")
+    ]
+    assert "needs compute capability 9.0 (Hopper), NVIDIA A100 has 8.0" in " ".join(rows[1])
+    assert cli.main([*command, "--dtype=float16"]) == 2
+    assert "float16" in capsys.readouterr().err
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("case", cases.all_cases("cpu"), ids=lambda case: f"{case.op} {case.name}")
 def test_the_plain_form_is_as_right_as_bfloat16_lets_it_be(case):

@@ -1,6 +1,6 @@
 """The operations of pallas_kernels on this device: which implementation runs, how right it is, how fast and how small.
 
-    scalelab bench kernels --list
+    scalelab bench kernels --list [--families mamba2,xlstm --params 350e6 --rows 8 --seq-len 2048]
     scalelab bench kernels [--ops grouped_matmul,mlstm] [--torch]
 
 First every implementation that runs here is compared with the definition, in float32, on fresh random inputs of the
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels import dispatch
-from scalelab.bench import cases
+from scalelab.bench import cases, throughput
 from scalelab.bench.throughput import matmul_rate, median_seconds
 from scalelab.errors import BadInput
 from scalelab.schema import choice as choice_of
@@ -104,19 +104,39 @@ def runnable(case: cases.Case) -> Iterator[str]:
 
 
 def list_choices(wanted: Sequence[cases.Case], dtype: str) -> int:
-    device = dispatch.device()
-    table = Table(
-        title=f"Implementations on {device.kind}, operands in {dtype}", title_justify="left", box=None, pad_edge=False
-    )
-    table.add_column("operation", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
-    table.add_column("runs", no_wrap=True)
+    return print_choices(
+        ("operation", "shape"), dtype,
+        [
+            (op, case.name if op == case.op else f"a part of {case.op}", found)
+            for case in wanted for op, found in choices(case).items()
+        ],
+    )  # fmt: skip
+
+
+def list_families(families: Sequence[str], params: float, rows: int, seq_len: int, dtype: str) -> int:
+    """What a training step of each family, of the recipe's shape, takes."""
+    found = []
+    for family in families:
+        trainer, data = throughput.prepared(family, "auto", params, rows, seq_len, packed=False, dtype=dtype)
+        with dispatch.listening() as heard:
+            jax.eval_shape(trainer.step, trainer.abstract, data, np.float32(1e-4))
+        taken: dict[tuple[str, str], dispatch.Choice] = {}
+        for op, chosen in heard:  # once chosen, a form may be named in the calls: the first says why
+            taken.setdefault((op, chosen.implementation), chosen)
+        found += [(family, op, chosen) for (op, _), chosen in taken.items()]
+    return print_choices(("family", "operation"), dtype, found)
+
+
+def print_choices(columns: tuple[str, str], dtype: str, rows: Sequence[tuple[str, str, dispatch.Choice]]) -> int:
+    title = f"Implementations on {dispatch.device().kind}, operands in {dtype}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in (*columns, "runs"):
+        table.add_column(column, no_wrap=True)
     table.add_column("why not a faster one")
-    for case in wanted:
-        for op, found in choices(case).items():
-            why = "; ".join(f"{name}: {reason}" for name, reason in found.passed_over)
-            shape = case.name if op == case.op else f"a part of {case.op}"
-            table.add_row(op, shape, found.implementation, why or ("" if found.implementation != "xla" else "-"))
+    for *what, found in rows:
+        why = "; ".join(f"{name}: {reason}" for name, reason in found.passed_over)
+        plain = "" if found.implementation != "xla" else "plain JAX is all that it has"
+        table.add_row(*what, found.implementation, why or plain)
     out = Console()
     (out if out.is_terminal else Console(width=160)).print(table)
     return 0

@@ -85,18 +85,17 @@ def main(
 def settings(family: str, params: float, rows: int, seq_len: int) -> Any:
     return config.override(
         config.base(),
-        {**recipe.sized(family, params), "model.compute_dtype": "bfloat16", "model.vocab_size": VOCABULARY,
+        {**recipe.sized(family, params), "model.vocab_size": VOCABULARY,
          "data.seq_len": seq_len, "data.batch_size": rows},
     )  # fmt: skip
 
 
 def prepared(
-    family: str, kernels: str, params: float, rows: int, seq_len: int, packed: bool
+    family: str, kernels: str, params: float, rows: int, seq_len: int, packed: bool, dtype: str = "bfloat16"
 ) -> tuple[train.Trainer, Any]:
     """(trainer, a batch)."""
-    conf = config.override(
-        settings(family, params, rows, seq_len), {"kernels": kernels, "data.document_mask": packed}
-    ).lock()  # fmt: skip
+    changes = {"kernels": kernels, "data.document_mask": packed, "model.compute_dtype": dtype}
+    conf = config.override(settings(family, params, rows, seq_len), changes).lock()
     trainer = train.Trainer(conf, Tokens())  # pyright: ignore[reportArgumentType]
     data = np.random.default_rng(0).integers(1, VOCABULARY, size=(rows, seq_len + 1), dtype=np.int32)
     return trainer, sharding.put_rows(data, trainer.mesh)
