@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from pallas_kernels.chunks import by_head, documents, per_head
+
 F32 = jnp.float32
 BLOCK = 16  # rows of a triangular system that are solved one after the other
 
@@ -52,27 +54,13 @@ def in_chunks(
 ) -> tuple[Array, ...]:
     """What needs no state, of all chunks of Q tokens: the decayed queries and keys that read and write it, W, U
     (float32), the scores (B, C, H, t, s), and what the state keeps of itself (B, C, H, 1), float32."""
-    (B, T, H, dv), G = v.shape, k.shape[2]
-    C = -(-T // Q)
-
-    def chunked(a: Array) -> Array:
-        """(B, T, ...) -> (B, C, Q, ...). A token of padding neither decays the state nor writes to it."""
-        a = jnp.pad(a, ((0, 0), (0, C * Q - T), *((0, 0),) * (a.ndim - 2)))
-        return a.reshape(B, C, Q, *a.shape[2:])
-
-    def by_head(a: Array) -> Array:
-        return jnp.moveaxis(chunked(a), 3, 2)  # (B, C, H, Q, ...)
-
-    def per_head(a: Array) -> Array:
-        """(B, C, G, ...) of the groups -> (B, C, H, ...)."""
-        return a if G == H else jnp.repeat(a, H // G, axis=2)
-
-    q, k, v = (by_head(a.astype(v.dtype)) for a in (q, k, v))
-    beta = by_head(beta.astype(F32))[..., None]
+    H, dv = v.shape[2:]
+    q, k, v = (by_head(a.astype(v.dtype), Q) for a in (q, k, v))
+    beta = by_head(beta.astype(F32), Q)[..., None]
     seen = jnp.tril(jnp.ones((Q, Q), bool))
     first = final_document = None
     if reset is not None:
-        document = jnp.cumsum(chunked(reset), axis=2)[:, :, None]  # numbered inside the chunk; 0 began before it
+        document = documents(reset, Q)
         seen = seen & (document[..., :, None] == document[..., None, :])
         first, final_document = (document == 0)[..., None], (document == document[..., -1:])[..., None]
     # exp only of what is not above 0: mask, then exponentiate
@@ -80,7 +68,7 @@ def in_chunks(
         decay = jnp.where(seen, 1.0, 0.0)
         entering = left = jnp.ones((1, 1, 1, Q, 1), F32)
     else:
-        b = jnp.cumsum(by_head(log_decay.astype(F32)), axis=3)  # (B, C, H, Q), inclusive
+        b = jnp.cumsum(by_head(log_decay.astype(F32), Q), axis=3)  # (B, C, H, Q), inclusive
         decay = jnp.exp(jnp.where(seen, b[..., :, None] - b[..., None, :], -jnp.inf))
         entering, left = jnp.exp(b)[..., None], jnp.exp(b[..., -1:] - b)[..., None]
     carried = entering[..., -1, :]  # of the state that enters the chunk
@@ -88,14 +76,14 @@ def in_chunks(
         entering, left = jnp.where(first, entering, 0.0), jnp.where(final_document, left, 0.0)
         carried = jnp.where(first[..., -1, :], carried, 0.0)
 
-    keys = per_head(k)
-    A = beta * decay * per_head(jnp.einsum("bcgtk,bcgsk->bcgts", k, k, preferred_element_type=F32))
+    keys = per_head(k, H)
+    A = beta * decay * per_head(jnp.einsum("bcgtk,bcgsk->bcgts", k, k, preferred_element_type=F32), H)
     right = jnp.concatenate([beta * v.astype(F32), beta * entering * keys.astype(F32)], axis=-1)
     solved: Any = solve(jnp.tril(A, -1), right)
-    scores = decay * per_head(jnp.einsum("bcgtk,bcgsk->bcgts", q, k, preferred_element_type=F32))
-    read, write = (per_head(q) * entering).astype(v.dtype), (keys * left).astype(v.dtype)
+    scores = decay * per_head(jnp.einsum("bcgtk,bcgsk->bcgts", q, k, preferred_element_type=F32), H)
+    read, write = (per_head(q, H) * entering).astype(v.dtype), (keys * left).astype(v.dtype)
     W, weights = solved[..., dv:].astype(v.dtype), scores.astype(v.dtype)
-    return read, write, W, solved[..., :dv], weights, jnp.broadcast_to(carried, (B, C, H, 1))
+    return read, write, W, solved[..., :dv], weights, jnp.broadcast_to(carried, (*A.shape[:3], 1))
 
 
 @jax.custom_vjp

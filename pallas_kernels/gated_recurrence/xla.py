@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.chunks import by_head, documents, per_head
+
 F32 = jnp.float32
 
 
@@ -30,29 +32,15 @@ def _forward(
 ) -> tuple[Array, Array]:
     (B, T, H, dv), (G, dk) = v.shape, k.shape[2:]
     Q = min(chunk, T)
-    C = -(-T // Q)
-
-    def chunked(a: Array) -> Array:
-        """(B, T, ...) -> (B, C, Q, ...). A token of padding neither decays the state nor adds to it."""
-        a = jnp.pad(a, ((0, 0), (0, C * Q - T), *((0, 0),) * (a.ndim - 2)))
-        return a.reshape(B, C, Q, *a.shape[2:])
-
-    def by_head(a: Array) -> Array:
-        return jnp.moveaxis(chunked(a), 3, 2)  # (B, C, H, Q, ...)
-
-    def per_head(a: Array) -> Array:
-        """(B, C, G, ...) of the groups -> (B, C, H, ...)."""
-        return a if G == H else jnp.repeat(a, H // G, axis=2)
-
     R = H // G  # heads of a group
-    q, k, v = (by_head(a.astype(v.dtype)) for a in (q, k, v))
-    b = jnp.cumsum(by_head(log_decay.astype(F32)), axis=3)  # (B, C, H, Q), inclusive
+    q, k, v = (by_head(a.astype(v.dtype), Q) for a in (q, k, v))
+    b = jnp.cumsum(by_head(log_decay.astype(F32), Q), axis=3)  # (B, C, H, Q), inclusive
     seen = jnp.tril(jnp.ones((Q, Q), bool))
     last = b[..., -1:]
     # what is left of: a token's contribution at the end of its chunk; the state entering, at its end and at each token
     left, carried, entering = jnp.exp(last - b), jnp.exp(last), jnp.exp(b)
     if reset is not None:
-        document = jnp.cumsum(chunked(reset), axis=2)[:, :, None]  # numbered inside the chunk; 0 began before it
+        document = documents(reset, Q)
         seen = seen & (document[..., :, None] == document[..., None, :])
         left = jnp.where(document == document[..., -1:], left, 0.0)
         carried = jnp.where(document[..., -1:] == 0, carried, 0.0)
@@ -60,7 +48,7 @@ def _forward(
     # exp only of what is not above 0: mask, then exponentiate
     decay = jnp.exp(jnp.where(seen, b[..., :, None] - b[..., None, :], -jnp.inf))  # (B, C, H, t, s)
     scores = jnp.einsum("bcgtk,bcgsk->bcgts", q, k, preferred_element_type=F32)
-    weights = (per_head(scores) * decay).astype(v.dtype)
+    weights = (per_head(scores, H) * decay).astype(v.dtype)
     out = jnp.einsum("bchts,bchsv->bchtv", weights, v, preferred_element_type=F32)
 
     # Decays go with the values, not with the keys, which may be shared: heads of a group stand beside each other in
@@ -86,7 +74,7 @@ def _forward(
     final, before = jax.lax.scan(pass_on, start, (jnp.moveaxis(carried, 1, 0), jnp.moveaxis(added, 1, 0)))
     before = beside(jnp.moveaxis(before, 0, 1).astype(v.dtype))
     out += entering[..., None] * apart(jnp.einsum("bcgtk,bcgkv->bcgtv", q, before, preferred_element_type=F32))
-    return jnp.moveaxis(out, 2, 3).reshape(B, C * Q, H, dv)[:, :T].astype(v.dtype), final
+    return jnp.moveaxis(out, 2, 3).reshape(B, -1, H, dv)[:, :T].astype(v.dtype), final
 
 
 def step(q: Array, k: Array, v: Array, log_decay: Array, state: Array) -> tuple[Array, Array]:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pallas_kernels.chunks import by_head, documents
+
 F32 = jnp.float32
 
 
@@ -41,24 +43,13 @@ def gla(
 def in_chunks(q: Array, k: Array, v: Array, log_decay: Array, reset: Array | None, Q: int) -> tuple[Array, ...]:
     """What needs no state, of all chunks of Q tokens: the decayed queries and keys that read and write it, the values,
     the scores (B, C, H, t, s), and what the state keeps of itself (B, C, H, dk), float32."""
-    B, T = v.shape[:2]
-    C = -(-T // Q)
-
-    def chunked(a: Array) -> Array:
-        """(B, T, ...) -> (B, C, Q, ...). A token of padding neither decays the state nor adds to it."""
-        a = jnp.pad(a, ((0, 0), (0, C * Q - T), *((0, 0),) * (a.ndim - 2)))
-        return a.reshape(B, C, Q, *a.shape[2:])
-
-    def by_head(a: Array) -> Array:
-        return jnp.moveaxis(chunked(a), 3, 2)  # (B, C, H, Q, ...)
-
-    q, k, v = (by_head(a.astype(v.dtype)) for a in (q, k, v))
-    b = jnp.cumsum(by_head(log_decay.astype(F32)), axis=3)
+    q, k, v = (by_head(a.astype(v.dtype), Q) for a in (q, k, v))
+    b = jnp.cumsum(by_head(log_decay.astype(F32), Q), axis=3)
     last = b[:, :, :, -1:]
     weights = scores(q, k, b)
     entering, left, carried = jnp.exp(b), jnp.exp(last - b), jnp.exp(last[..., 0, :])
     if reset is not None:
-        document = jnp.cumsum(chunked(reset), axis=2)[:, :, None]  # numbered inside the chunk; 0 began before it
+        document = documents(reset, Q)
         weights = jnp.where(document[..., :, None] == document[..., None, :], weights, 0.0)
         entering = jnp.where((document == 0)[..., None], entering, 0.0)
         left = jnp.where((document == document[..., -1:])[..., None], left, 0.0)

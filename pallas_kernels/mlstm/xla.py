@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.chunks import chunked
+
 F32 = jnp.float32
 EMPTY = -1e30  # m of an empty state: exp(EMPTY - x) is 0 for every x that occurs, and nothing is inf - inf
 
@@ -21,23 +23,16 @@ def mlstm(
 ) -> tuple[Array, Array, Array, Array]:
     (B, T, H, dk), dv = q.shape, v.shape[-1]
     Q = min(chunk, T)
-    N = -(-T // Q)  # chunks
-
-    def chunked(a: Array, fill: float = 0.0) -> Array:
-        """(B, T, ...) -> (B, N, Q, ...)."""
-        a = jnp.pad(a, ((0, 0), (0, N * Q - T), *((0, 0),) * (a.ndim - 2)), constant_values=fill)
-        return a.reshape(B, N, Q, *a.shape[2:])
-
-    q = chunked((q.astype(F32) * dk**-0.5).astype(v.dtype))
-    k, v = chunked(k.astype(v.dtype)), chunked(v)
-    i = chunked(i.astype(F32), fill=EMPTY)  # a token of padding neither decays the state nor adds to it
-    b = jnp.cumsum(chunked(jax.nn.log_sigmoid(f.astype(F32))), axis=2)  # (B, N, Q, H), inclusive
+    q = chunked((q.astype(F32) * dk**-0.5).astype(v.dtype), Q)
+    k, v = chunked(k.astype(v.dtype), Q), chunked(v, Q)
+    i = chunked(i.astype(F32), Q, fill=EMPTY)  # a token of padding neither decays the state nor adds to it
+    b = jnp.cumsum(chunked(jax.nn.log_sigmoid(f.astype(F32)), Q), axis=2)  # (B, N, Q, H), inclusive
     seen = jnp.tril(jnp.ones((Q, Q), bool))[None, None]
     last = b[:, :, -1]  # (B, N, H)
     to_end = last[:, :, None] - b + i  # log weight of a token in the state at the end of its chunk
     carried, entering = last, b  # log decay of the state that enters the chunk, to its end and to each token
     if reset is not None:
-        document = jnp.cumsum(chunked(reset), axis=2)  # numbered inside the chunk; 0 began before it
+        document = jnp.cumsum(chunked(reset, Q), axis=2)  # numbered inside the chunk; 0 began before it
         seen = seen & (document[:, :, :, None] == document[:, :, None, :])
         first = (document == 0)[..., None]
         to_end = jnp.where((document == document[:, :, -1:])[..., None], to_end, EMPTY)
@@ -78,4 +73,4 @@ def mlstm(
     h += r * jnp.einsum("bnthk,bnhkv->bnthv", q, C.astype(v.dtype), preferred_element_type=F32)
     norm = jnp.moveaxis(jnp.sum(weights, axis=-1), 2, 3) + r[..., 0] * jnp.sum(q.astype(F32) * n[:, :, None], axis=-1)
     h /= (jnp.maximum(jnp.abs(norm), jnp.exp(jnp.minimum(-m_t, 80.0))) + eps)[..., None]
-    return h.reshape(B, N * Q, H, dv)[:, :T].astype(v.dtype), *final
+    return h.reshape(B, -1, H, dv)[:, :T].astype(v.dtype), *final
