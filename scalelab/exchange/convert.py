@@ -19,6 +19,7 @@ from scalelab.exchange import decoders, experts, recurrent
 from scalelab.exchange.files import Entry, Weights, read_json, write_folder
 from scalelab.exchange.layout import Layout, Ours, Piece, Theirs, flat, nested, present
 from scalelab.models.block import Block
+from scalelab.models.layers import scaled
 from scalelab.models.lm import LanguageModel
 from scalelab.models.registry import resolve
 from scalelab.models.spec import Spec
@@ -219,9 +220,18 @@ def check_params(config: Config, params: Any) -> None:
             raise BadInput(f"params.{name}", got.get(name), f"the model section has {want.get(name)}")
 
 
+def fold(arrays: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    """muP's multipliers, which no class has, become part of the embedding and of the final norm. A tied head has that
+    of the embedding then, which the norm takes back."""
+    inward, outward = spec.embed_multiplier, spec.logits_multiplier
+    norm = outward / inward if spec.tied_embeddings else outward
+    factors = {"embed": inward, "positions": inward, "final_norm.scale": norm, "final_norm.bias": norm}
+    return {name: scaled(a, factors.get(name, 1.0)) for name, a in arrays.items()}
+
+
 def write_params(params: Any, layout: Layout, spec: Spec) -> list[Entry]:
     """Their tensors, made one entry at a time as they are written."""
-    arrays = flat(params)
+    arrays = fold(flat(params), spec)
 
     def entry(piece: Piece, tensors: Mapping[str, Tensor], place: str = "", repeat: int | None = None) -> Entry:
         parts = [tensors[name] for name in piece.ours]
