@@ -351,6 +351,18 @@ def test_save_and_load(tmp_path):
         exchange.load(folder)
 
 
+def test_no_tokenizer_of_another_model_stays(tmp_path):
+    config, params = MODELS["qwen3"], drawn(MODELS["qwen3"])
+    for name, write in (("out", exchange.to_hf), ("own", exchange.save)):
+        folder = write(config, params, tmp_path / name, files={"tokenizer.json": "{}"})
+        (folder / "notes.txt").write_text("mine")
+        write(config, params, folder, files={"tokenizer.json": "[]"})
+        assert (folder / "tokenizer.json").read_text() == "[]"
+        write(config, params, folder)
+        assert not (folder / "tokenizer.json").exists()
+        assert (folder / "notes.txt").read_text() == "mine"
+
+
 def test_a_run_goes_out_and_comes_back(tmp_path, capsys):
     corpus = small_corpus(tmp_path / "corpus")
     spec = tiny_spec(corpus, train__steps=3)

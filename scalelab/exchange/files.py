@@ -27,6 +27,7 @@ from scalelab.paths import write_atomically
 from scalelab.schema import Config
 
 INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
 SCHEMA = 1
 # (shapes by name, what makes the arrays)
 Entry = tuple[Mapping[str, tuple[int, ...]], Callable[[], Mapping[str, np.ndarray]]]
@@ -111,7 +112,8 @@ def write_folder(
     folder: pathlib.Path, texts: Mapping[str, str], entries: Sequence[Entry], shard_bytes: int, key: str
 ) -> pathlib.Path:
     """Weights and text files, one of which is the `key`, without which nothing reads the folder. A folder that is not
-    there yet, or empty, appears whole; in one that has files the old key goes first and the new one comes last."""
+    there yet, or empty, appears whole; in one that has files the old key goes first, then the old weights and tokenizer,
+    and the new key comes last."""
     for other in {"config.json", "model.json"} - {key}:
         if (folder / other).exists():
             raise BadInput("folder", str(folder), f"holds a model in another layout ({other}); name another folder")
@@ -127,7 +129,7 @@ def write_folder(
                 new.replace(folder)
                 return folder
             (folder / key).unlink(missing_ok=True)
-            for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+            for old in (*folder.glob("model*.safetensors"), folder / INDEX, folder / TOKENIZER):
                 old.unlink(missing_ok=True)
             for path in sorted(new.iterdir(), key=lambda path: path.name == key):
                 path.replace(folder / path.name)
