@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from scalelab import cli, exchange, models, recipe, restore, train
 from scalelab.config import base, override
 from scalelab.errors import BadInput
-from scalelab.exchange.convert import choose, write_config
+from scalelab.exchange.convert import choose, read_config, write_config
 from scalelab.exchange.layout import Ours, stack
 from scalelab.models.registry import resolve
 from tests.exchanged import GLOBAL, GPT2, MAMBA2, MODELS, MOE, XLSTM, drawn, edit, equal, tensors
@@ -287,6 +287,17 @@ def test_windows_from_a_layer_on(tmp_path):
     assert (again.attention.window, len(again.blocks)) == (3, 1)
     edit(folder, use_sliding_window=False)
     assert exchange.from_hf(folder)[0].attention.window == 0
+
+
+@pytest.mark.parametrize(("name", "absent"), [("mistral", 4096), ("mixtral", 0), ("qwen3_moe", 4096), ("qwen3", 4096)])
+def test_a_window_that_is_null_is_none(name, absent):
+    config, windows = MODELS[name], []
+    document = write_config(choose(Ours(resolve(config))), Ours(resolve(config)))
+    document |= {"use_sliding_window": True, "max_window_layers": 0, "layer_types": None}
+    del document["sliding_window"]
+    for more in ({"sliding_window": None}, {"sliding_window": 3}, {}):
+        windows.append(read_config(document | more).attention.window)
+    assert windows == [0, 3, absent]
 
 
 def test_bare_names_buffers_half_precision_and_a_stored_head(tmp_path):

@@ -35,6 +35,7 @@ LAYOUTS = {
 }  # fmt: skip
 OF_MIXER = {"mamba": recurrent.MAMBA, "mamba2": recurrent.MAMBA2, "mlstm": recurrent.XLSTM}
 SHARD_BYTES = 5 * 10**9
+MOST_LAYERS = 10_000  # each is looked at by itself: a number that is none would take for ever
 
 # ------------------------------------------------------------------------------------------------ reading
 
@@ -57,12 +58,14 @@ def from_hf(folder: str | pathlib.Path) -> tuple[Config, Any]:
 def read_config(document: Mapping[str, Any]) -> Config:
     """config.json -> model section."""
     kind = document.get("model_type")
-    if kind not in LAYOUTS:
+    if kind not in list(LAYOUTS):  # it may be no string, and no key
         raise BadInput("config.json: model_type", kind, f"cannot be read; known: {', '.join(sorted(LAYOUTS))}")
     if document.get("quantization_config"):
         raise BadInput("config.json: quantization_config", document["quantization_config"], "cannot be read")
     layout = LAYOUTS[kind]
     theirs = Theirs(document, layout.defaults, layout.aliases)
+    if theirs.whole(layout.same["layers"]) > MOST_LAYERS:
+        raise theirs.refuse(layout.same["layers"], f"must be at most {MOST_LAYERS}")
     for name, value in layout.theirs.items():
         if theirs.document.get(name, value) != value:
             raise theirs.refuse(name, f"cannot be expressed: must be {value!r}")
@@ -71,9 +74,7 @@ def read_config(document: Mapping[str, Any]) -> Config:
     for ours, name in layout.same.items():
         default = flat(model.to_dict())[ours]
         if isinstance(default, bool):
-            if not isinstance(theirs[name], bool):
-                raise theirs.refuse(name, "must be true or false")
-            changes[ours] = theirs[name]
+            changes[ours] = theirs.flag(name)
         else:
             changes[ours] = float(theirs.number(name)) if isinstance(default, float) else theirs.whole(name)
     changes |= {} if layout.can_tie else {"tied_embeddings": False}

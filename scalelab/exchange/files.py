@@ -38,7 +38,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput("path", str(path), f"cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, a number too long, brackets too deep
         raise BadInput("path", str(path), f"is not JSON ({error})") from None
     if not isinstance(document, dict):
         raise BadInput("path", str(path), "must hold a JSON object")
@@ -112,8 +112,8 @@ def write_folder(
     folder: pathlib.Path, texts: Mapping[str, str], entries: Sequence[Entry], shard_bytes: int, key: str
 ) -> pathlib.Path:
     """Weights and text files, one of which is the `key`, without which nothing reads the folder. A folder that is not
-    there yet, or empty, appears whole; in one that has files the old key goes first, then the old weights and tokenizer,
-    and the new key comes last."""
+    there yet, or empty, appears whole; in one that has files the old key goes first, then the old weights and
+    tokenizer, and the new key comes last."""
     for other in {"config.json", "model.json"} - {key}:
         if (folder / other).exists():
             raise BadInput("folder", str(folder), f"holds a model in another layout ({other}); name another folder")
