@@ -18,11 +18,9 @@ from scalelab.schema import Config
 def get_config(arg: str = "") -> Config:
     args = parse_arg(arg, run="", streams=2, prefix=48, steps=200, train="new", lr=0.0)
     file = pathlib.Path(args.run) / "spec.json"
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError:
-        raise BadInput("config argument run", args.run, "must be the folder of a run (it has no spec.json)") from None
-    config = RunSpec.from_json(text, str(file)).config
+    if not file.is_file():
+        raise BadInput("config argument run", args.run, "must be the folder of a run (it has no spec.json)")
+    config = RunSpec.load(file).config
     if args.streams < 2 or config.model.parscale.streams != 1:
         what = f"must be at least 2, of a run with 1 (this one has {config.model.parscale.streams})"
         raise BadInput("config argument streams", args.streams, what)

@@ -24,10 +24,9 @@ class Opened(NamedTuple):
 
 
 def read_spec(folder: pathlib.Path) -> RunSpec:
-    try:
-        return RunSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"), str(folder / "spec.json"))
-    except OSError:
-        raise BadInput("run", str(folder), "is no run's folder (it has no spec.json)") from None
+    if not (folder / "spec.json").is_file():
+        raise BadInput("run", str(folder), "is no run's folder (it has no spec.json)")
+    return RunSpec.load(folder / "spec.json")
 
 
 def load(folder: pathlib.Path) -> Opened:

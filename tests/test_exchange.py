@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from scalelab import cli, exchange, models, recipe, restore, train
 from scalelab.config import base, override
 from scalelab.errors import BadInput
-from scalelab.exchange.layout import stack
+from scalelab.exchange.convert import choose, read_config, write_config
+from scalelab.exchange.layout import Ours, stack
 from scalelab.models.registry import resolve
 from tests.exchanged import GLOBAL, GPT2, MAMBA2, MODELS, MOE, XLSTM, drawn, edit, equal, tensors
 from tests.helpers import small_corpus, tiny_spec
@@ -288,6 +289,17 @@ def test_windows_from_a_layer_on(tmp_path):
     assert exchange.from_hf(folder)[0].attention.window == 0
 
 
+@pytest.mark.parametrize(("name", "absent"), [("mistral", 4096), ("mixtral", 0), ("qwen3_moe", 4096), ("qwen3", 4096)])
+def test_a_window_that_is_null_is_none(name, absent):
+    config, windows = MODELS[name], []
+    document = write_config(choose(Ours(resolve(config))), Ours(resolve(config)))
+    document |= {"use_sliding_window": True, "max_window_layers": 0, "layer_types": None}
+    del document["sliding_window"]
+    for more in ({"sliding_window": None}, {"sliding_window": 3}, {}):
+        windows.append(read_config(document | more).attention.window)
+    assert windows == [0, 3, absent]
+
+
 def test_bare_names_buffers_half_precision_and_a_stored_head(tmp_path):
     """As in the published GPT-2: no `transformer.` in front, masks stored; 16 bit numbers; the tied head stored too."""
     config, params = MODELS["gpt2"], drawn(MODELS["gpt2"])
@@ -350,6 +362,18 @@ def test_save_and_load(tmp_path):
         exchange.load(folder)
 
 
+def test_no_tokenizer_of_another_model_stays(tmp_path):
+    config, params = MODELS["qwen3"], drawn(MODELS["qwen3"])
+    for name, write in (("out", exchange.to_hf), ("own", exchange.save)):
+        folder = write(config, params, tmp_path / name, files={"tokenizer.json": "{}"})
+        (folder / "notes.txt").write_text("mine")
+        write(config, params, folder, files={"tokenizer.json": "[]"})
+        assert (folder / "tokenizer.json").read_text() == "[]"
+        write(config, params, folder)
+        assert not (folder / "tokenizer.json").exists()
+        assert (folder / "notes.txt").read_text() == "mine"
+
+
 def test_a_run_goes_out_and_comes_back(tmp_path, capsys):
     corpus = small_corpus(tmp_path / "corpus")
     spec = tiny_spec(corpus, train__steps=3)
@@ -395,3 +419,42 @@ def test_mup_goes_out_at_the_shape_of_its_base(tmp_path):
         tokens = jnp.asarray([[3, 1, 4, 1, 5]])
         back = models.logits(*exchange.from_hf(tmp_path / "base"), tokens)
         np.testing.assert_allclose(back, models.logits(config, params, tokens), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba2 untied", "xlstm"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_mups_multipliers_go_into_the_embedding_and_the_final_norm(name, tied, tmp_path):
+    mup = {"base_width": 16, "base_layers": MODELS[name].layers, "embed_multiplier": 2.0, "logit_multiplier": 3.0}
+    changes = {"parametrization": "mup", "tied_embeddings": tied, **{f"mup.{f}": value for f, value in mup.items()}}
+    whole = base()
+    whole.model = MODELS[name]
+    config = override(whole, {f"model.{field}": value for field, value in changes.items()}).model
+    params, tokens = drawn(config), jnp.arange(9)[None]
+    back = models.logits(*exchange.from_hf(exchange.to_hf(config, params, tmp_path / "out")), tokens)
+    np.testing.assert_allclose(back, models.logits(config, params, tokens), rtol=1e-4, atol=1e-5)
+
+
+# What the logits do not depend on, or (muP's) what `to_hf` sees to, and the stack, which the layers tell.
+NOT_WRITTEN = {
+    "prefix", "period", "suffix", "repeats", "recursion", "init_kind", "init_std", "compute_dtype", "remat",
+    "loss_chunk", "streams", "stream_prefix", "stream_smoothing", "base", "base_layers", "depth_scaled",
+    "embed_multiplier", "logit_multiplier", "training", "shards", "kernels", "mesh", "unroll", "mamba.chunk",
+    "moe.top_groups", "moe.capacity", "moe.lbl", "moe.lbl_scope", "moe.lbl_sequences", "moe.z_loss", "moe.bias_centred",
+}  # fmt: skip
+
+
+@each
+def test_every_field_is_written_or_checked(name):
+    class Noted(Ours):
+        def __getitem__(self, name):
+            seen.add(name)
+            return super().__getitem__(name)
+
+    seen = set()
+    ours = Noted(resolve(MODELS[name]))
+    layout = choose(ours)
+    seen.clear()
+    write_config(layout, ours)
+    by_layer = {"attention.window"} if "qwen" in layout.model_type and "moe" not in layout.model_type else set()
+    implied = {"attention.qkv_bias", "attention.qk_norm_full"} if layout.model_type == "gpt2" else set()
+    assert set(ours.fields) - seen == (NOT_WRITTEN | by_layer | implied) & set(ours.fields)

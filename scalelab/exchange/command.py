@@ -8,10 +8,8 @@ from typing import Any
 from scalelab import flops, restore
 from scalelab.data import tokenizers
 from scalelab.exchange.convert import from_hf, to_hf
-from scalelab.exchange.files import load, read_json, save
+from scalelab.exchange.files import TOKENIZER, load, read_json, save
 from scalelab.schema import Config
-
-TOKENIZER = "tokenizer.json"
 
 
 def export_hf(path: pathlib.Path, out: pathlib.Path) -> str:

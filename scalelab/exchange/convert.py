@@ -19,6 +19,7 @@ from scalelab.exchange import decoders, experts, recurrent
 from scalelab.exchange.files import Entry, Weights, read_json, write_folder
 from scalelab.exchange.layout import Layout, Ours, Piece, Theirs, flat, nested, present
 from scalelab.models.block import Block
+from scalelab.models.layers import scaled
 from scalelab.models.lm import LanguageModel
 from scalelab.models.registry import resolve
 from scalelab.models.spec import Spec
@@ -34,6 +35,7 @@ LAYOUTS = {
 }  # fmt: skip
 OF_MIXER = {"mamba": recurrent.MAMBA, "mamba2": recurrent.MAMBA2, "mlstm": recurrent.XLSTM}
 SHARD_BYTES = 5 * 10**9
+MOST_LAYERS = 10_000  # each is looked at by itself: a number that is none would take for ever
 
 # ------------------------------------------------------------------------------------------------ reading
 
@@ -56,12 +58,14 @@ def from_hf(folder: str | pathlib.Path) -> tuple[Config, Any]:
 def read_config(document: Mapping[str, Any]) -> Config:
     """config.json -> model section."""
     kind = document.get("model_type")
-    if kind not in LAYOUTS:
+    if kind not in list(LAYOUTS):  # it may be no string, and no key
         raise BadInput("config.json: model_type", kind, f"cannot be read; known: {', '.join(sorted(LAYOUTS))}")
     if document.get("quantization_config"):
         raise BadInput("config.json: quantization_config", document["quantization_config"], "cannot be read")
     layout = LAYOUTS[kind]
     theirs = Theirs(document, layout.defaults, layout.aliases)
+    if theirs.whole(layout.same["layers"]) > MOST_LAYERS:
+        raise theirs.refuse(layout.same["layers"], f"must be at most {MOST_LAYERS}")
     for name, value in layout.theirs.items():
         if theirs.document.get(name, value) != value:
             raise theirs.refuse(name, f"cannot be expressed: must be {value!r}")
@@ -70,9 +74,7 @@ def read_config(document: Mapping[str, Any]) -> Config:
     for ours, name in layout.same.items():
         default = flat(model.to_dict())[ours]
         if isinstance(default, bool):
-            if not isinstance(theirs[name], bool):
-                raise theirs.refuse(name, "must be true or false")
-            changes[ours] = theirs[name]
+            changes[ours] = theirs.flag(name)
         else:
             changes[ours] = float(theirs.number(name)) if isinstance(default, float) else theirs.whole(name)
     changes |= {} if layout.can_tie else {"tied_embeddings": False}
@@ -219,9 +221,18 @@ def check_params(config: Config, params: Any) -> None:
             raise BadInput(f"params.{name}", got.get(name), f"the model section has {want.get(name)}")
 
 
+def fold(arrays: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    """muP's multipliers, which no class has, become part of the embedding and of the final norm. A tied head has that
+    of the embedding then, which the norm takes back."""
+    inward, outward = spec.embed_multiplier, spec.logits_multiplier
+    norm = outward / inward if spec.tied_embeddings else outward
+    factors = {"embed": inward, "positions": inward, "final_norm.scale": norm, "final_norm.bias": norm}
+    return {name: scaled(a, factors.get(name, 1.0)) for name, a in arrays.items()}
+
+
 def write_params(params: Any, layout: Layout, spec: Spec) -> list[Entry]:
     """Their tensors, made one entry at a time as they are written."""
-    arrays = flat(params)
+    arrays = fold(flat(params), spec)
 
     def entry(piece: Piece, tensors: Mapping[str, Tensor], place: str = "", repeat: int | None = None) -> Entry:
         parts = [tensors[name] for name in piece.ours]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from scalelab.errors import BadInput
@@ -28,6 +29,8 @@ def rope_theta(theirs: Theirs) -> float:
     theta = theirs.document.get("rope_theta")
     for name in ("rope_scaling", "rope_parameters"):
         rope = theirs.document.get(name) or {}
+        if not isinstance(rope, dict):
+            raise theirs.refuse(name, "must be an object, such as {'rope_type': 'default'}")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
             raise theirs.refuse(name, "is a scaled rotary embedding, which cannot be expressed; only rope_type default")
@@ -37,7 +40,7 @@ def rope_theta(theirs: Theirs) -> float:
     if (theirs.document.get("partial_rotary_factor") or 1.0) != 1.0:
         raise theirs.refuse("partial_rotary_factor", "turns a part of each head only, which cannot be expressed")
     theta = theirs["rope_theta"] if theta is None else theta
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta <= sys.float_info.max:
         raise BadInput("config.json: rope_theta", theta, "must be a positive number")
     return float(theta)
 
@@ -45,18 +48,19 @@ def rope_theta(theirs: Theirs) -> float:
 def read_attention(theirs: Theirs) -> dict[str, Any]:
     """Heads and rotation."""
     heads, width = theirs.whole("num_attention_heads"), theirs.whole("hidden_size")
-    if "head_dim" not in theirs.defaults and theirs.document.get("head_dim") is None and (not heads or width % heads):
+    own = "head_dim" in theirs.defaults or theirs.document.get("head_dim") is not None
+    if not heads or (width % heads and not own):
         raise theirs.refuse("num_attention_heads", f"must divide hidden_size = {width}")
     return {
-        "attention.kv_heads": theirs.document.get("num_key_value_heads") or heads,
-        "attention.head_dim": theirs.document.get("head_dim") or theirs.defaults.get("head_dim") or width // heads,
+        "attention.kv_heads": theirs.whole_or("num_key_value_heads", heads),
+        "attention.head_dim": theirs.whole_or("head_dim", theirs.defaults.get("head_dim") or width // heads),
         "attention.rope_theta": rope_theta(theirs),
     }
 
 
 def read(theirs: Theirs) -> dict[str, Any]:
     """Heads, rotation and activation."""
-    if theirs["hidden_act"] not in GATED:
+    if theirs["hidden_act"] not in list(GATED):
         raise theirs.refuse("hidden_act", f"cannot be expressed; known: {', '.join(GATED)}")
     return {**read_attention(theirs), "mlp.kind": GATED[theirs["hidden_act"]]}
 
@@ -85,16 +89,21 @@ def write(ours: Ours) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ windows
 
 
+def read_window(theirs: Theirs) -> int:
+    """`sliding_window`, 0 for none: that is what null says, and `use_sliding_window: false` where a class has it."""
+    if "use_sliding_window" in theirs.defaults and not theirs.flag("use_sliding_window"):
+        return 0
+    return 0 if theirs.document.get("sliding_window", 0) is None else theirs.whole("sliding_window")
+
+
 def read_windows(theirs: Theirs) -> dict[str, Any]:
     """A window of `sliding_window` tokens in the layers that `layer_types` names, or from `max_window_layers` on."""
     layers = theirs.whole("num_hidden_layers")
     kinds = theirs.document.get("layer_types")
-    window = theirs.document.get("sliding_window", theirs.defaults["sliding_window"])
-    if not theirs["use_sliding_window"] or window is None:
-        window = 0
+    window = read_window(theirs)
     if kinds is None:
         kinds = [_kind(window and i >= theirs.whole("max_window_layers")) for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, SLIDING) for kind in kinds):
         raise theirs.refuse("layer_types", f"must be {layers} times {FULL} or {SLIDING}")
     if SLIDING in kinds and not window:
         raise theirs.refuse("sliding_window", f"must be a number of tokens where layer_types has {SLIDING}")
@@ -211,12 +220,9 @@ LLAMA = llama_like(
 MISTRAL = llama_like(
     "mistral",
     "MistralForCausalLM",
-    read=lambda theirs: {
-        **read(theirs),
-        "attention.window": theirs.document.get("sliding_window", 4096) or 0,
-    },
+    read=lambda theirs: {**read(theirs), "attention.window": read_window(theirs)},
     write=lambda ours: {**write(ours), "sliding_window": ours["attention.window"] or None},
-    defaults={"rms_norm_eps": 1e-6},
+    defaults={"rms_norm_eps": 1e-6, "sliding_window": 4096},
 )
 
 QWEN2 = llama_like(
@@ -263,7 +269,7 @@ def _gpt2_read(theirs: Theirs) -> dict[str, Any]:
     return {
         "attention.kv_heads": heads,
         "attention.head_dim": width // heads,
-        "mlp.hidden": theirs.document.get("n_inner") or 4 * width,
+        "mlp.hidden": theirs.whole_or("n_inner", 4 * width),
     }
 
 

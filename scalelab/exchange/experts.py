@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from scalelab.exchange.decoders import ATTENTION, MLP, PRE_NORMS, QK_NORM, llama_like, read_attention, write_attention
+from scalelab.exchange.decoders import (
+    ATTENTION,
+    MLP,
+    PRE_NORMS,
+    QK_NORM,
+    llama_like,
+    read_attention,
+    read_window,
+    write_attention,
+)
 from scalelab.exchange.layout import Ours, Piece, Theirs, matrix, stack
 
 SOFTMAX = {
@@ -26,7 +35,7 @@ def pieces(router: str, expert: str, gate: str, up: str, down: str) -> tuple[Pie
 def _mixtral_read(theirs: Theirs) -> dict[str, Any]:
     if theirs.whole("num_experts_per_tok") == 1:
         raise theirs.refuse("num_experts_per_tok", "cannot be expressed: the weight of a single expert is not made 1")
-    return {**read_attention(theirs), "attention.window": theirs.document.get("sliding_window") or 0}
+    return {**read_attention(theirs), "attention.window": read_window(theirs)}
 
 
 def _mixtral_write(ours: Ours) -> dict[str, Any]:
@@ -42,7 +51,7 @@ MIXTRAL = llama_like(
     same={**SAME, "moe.experts": "num_local_experts", "moe.hidden": "intermediate_size"},
     built_in={**SOFTMAX, "moe.normalise": True},
     theirs={"hidden_act": "silu"},
-    defaults={"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    defaults={"rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": 0},
     read=_mixtral_read,
     write=_mixtral_write,
 )
@@ -56,7 +65,7 @@ def _qwen3_moe_read(theirs: Theirs) -> dict[str, Any]:
     )
     if not every:
         raise theirs.refuse("decoder_sparse_step", "must be at least 1")
-    if not isinstance(dense, list):
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
         raise theirs.refuse("mlp_only_layers", "must be a list of numbers of layers")
     if theirs["norm_topk_prob"] and theirs.whole("num_experts_per_tok") == 1:
         raise theirs.refuse("num_experts_per_tok", "cannot be expressed: the weight of a single expert is not made 1")
@@ -64,7 +73,7 @@ def _qwen3_moe_read(theirs: Theirs) -> dict[str, Any]:
     return {
         **read_attention(theirs),
         **stack([("attention", "moe" if moe else "mlp") for moe in sparse]),
-        "attention.window": theirs["sliding_window"] if theirs["use_sliding_window"] else 0,
+        "attention.window": read_window(theirs),
         "mlp.hidden": theirs.whole("intermediate_size"),
     }
 

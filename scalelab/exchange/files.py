@@ -27,6 +27,7 @@ from scalelab.paths import write_atomically
 from scalelab.schema import Config
 
 INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
 SCHEMA = 1
 # (shapes by name, what makes the arrays)
 Entry = tuple[Mapping[str, tuple[int, ...]], Callable[[], Mapping[str, np.ndarray]]]
@@ -37,7 +38,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput("path", str(path), f"cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, a number too long, brackets too deep
         raise BadInput("path", str(path), f"is not JSON ({error})") from None
     if not isinstance(document, dict):
         raise BadInput("path", str(path), "must hold a JSON object")
@@ -111,7 +112,8 @@ def write_folder(
     folder: pathlib.Path, texts: Mapping[str, str], entries: Sequence[Entry], shard_bytes: int, key: str
 ) -> pathlib.Path:
     """Weights and text files, one of which is the `key`, without which nothing reads the folder. A folder that is not
-    there yet, or empty, appears whole; in one that has files the old key goes first and the new one comes last."""
+    there yet, or empty, appears whole; in one that has files the old key goes first, then the old weights and
+    tokenizer, and the new key comes last."""
     for other in {"config.json", "model.json"} - {key}:
         if (folder / other).exists():
             raise BadInput("folder", str(folder), f"holds a model in another layout ({other}); name another folder")
@@ -127,7 +129,7 @@ def write_folder(
                 new.replace(folder)
                 return folder
             (folder / key).unlink(missing_ok=True)
-            for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+            for old in (*folder.glob("model*.safetensors"), folder / INDEX, folder / TOKENIZER):
                 old.unlink(missing_ok=True)
             for path in sorted(new.iterdir(), key=lambda path: path.name == key):
                 path.replace(folder / path.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -117,7 +117,7 @@ class Theirs:
 
     def number(self, name: str) -> int | float:
         value = self[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise BadInput(f"config.json: {name}", value, "must be a number")
         return value
 
@@ -126,6 +126,15 @@ class Theirs:
         if value != int(value) or value < 0:
             raise BadInput(f"config.json: {name}", value, "must be a whole number")
         return int(value)
+
+    def whole_or(self, name: str, other: int) -> int:
+        """Of a field where null says something else than the default of its class."""
+        return other if self.document.get(name) is None else self.whole(name)
+
+    def flag(self, name: str) -> bool:
+        if not isinstance(self[name], bool):
+            raise self.refuse(name, "must be true or false")
+        return self[name]
 
     def refuse(self, name: str, remedy: str) -> BadInput:
         return BadInput(f"config.json: {name}", self.document.get(name), remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from scalelab.exchange.layout import Layout, Ours, Piece, Theirs, matrix, table, vector
@@ -73,15 +74,10 @@ def _mamba2_read(theirs: Theirs) -> dict[str, Any]:
         raise theirs.refuse("num_heads", f"must be expand * hidden_size / head_dim = {inner} / {theirs['head_dim']}")
     if theirs.number("layer_norm_epsilon") != EPS:  # one field for the blocks' norms and for the norm after the gate
         raise theirs.refuse("layer_norm_epsilon", f"cannot be expressed: the norm after the gate has {EPS}")
-    limit = theirs.document.get("time_step_limit") or (0.0, float("inf"))
-    if [_number(value) for value in limit] != [0.0, float("inf")]:
+    infinite = float("inf"), {"__float__": "Infinity"}  # as json reads it, and as transformers 5 writes it
+    if theirs.document.get("time_step_limit") not in (None, *([0.0, infinity] for infinity in infinite)):
         raise theirs.refuse("time_step_limit", "cannot be expressed: time steps are not clamped")
     return {}
-
-
-def _number(value: Any) -> Any:
-    """transformers 5 writes infinity as {"__float__": "Infinity"}; json reads a bare Infinity by itself."""
-    return float(value["__float__"]) if isinstance(value, dict) and "__float__" in value else value
 
 
 def _mamba2_write(ours: Ours) -> dict[str, Any]:
@@ -133,8 +129,13 @@ NO_CAP = 1e9  # its soft caps are always on; one this wide changes no float32
 
 
 def _xlstm_read(theirs: Theirs) -> dict[str, Any]:
-    width = theirs.whole("hidden_size")
-    hidden = _up(width, theirs.number("ffn_proj_factor"), theirs.whole("ffn_round_up_to_multiple_of"))
+    width, multiple = theirs.whole("hidden_size"), theirs.whole("ffn_round_up_to_multiple_of")
+    if not multiple:
+        raise theirs.refuse("ffn_round_up_to_multiple_of", "must be at least 1")
+    factor = theirs.number("ffn_proj_factor")
+    if not 0 < factor * width < sys.maxsize:
+        raise theirs.refuse("ffn_proj_factor", f"times hidden_size = {width} is no width")
+    hidden = _up(width, factor, multiple)
     caps = {"logit_cap": theirs.number("output_logit_soft_cap"), "mlstm.gate_cap": theirs.number("gate_soft_cap")}
     return {"mlp.hidden": hidden, **{name: 0.0 if cap >= NO_CAP else float(cap) for name, cap in caps.items()}}
 
