@@ -92,6 +92,7 @@ ODD = (
 )  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_no_field_of_config_json_makes_a_traceback(kind, tmp_path):
     """Read, or refused in one line."""
