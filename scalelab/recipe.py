@@ -25,9 +25,13 @@ Shape = dict[str, Any]  # dotted overrides
 WIDTHS = (*range(16, 64, 8), *range(64, 256, 16), *range(256, 16385, 64))
 
 
+def _head_width(width: int) -> int:
+    return 64 if width % 64 == 0 and width >= 256 else next(d for d in (32, 16, 8) if width % d == 0)
+
+
 def transformer(width: int) -> Shape:
     """A SwiGLU Transformer: one layer per 64 of width (at least 2), F = 8/3 D."""
-    head_dim = 64 if width % 64 == 0 and width >= 256 else next(d for d in (32, 16, 8) if width % d == 0)
+    head_dim = _head_width(width)
     grain = 64 if width >= 256 else 16
     heads = width // head_dim
     return {
@@ -142,10 +146,6 @@ def _with_mlp(family: str, width: int, hidden: float) -> Shape:
         "model.init": "fan_in",
         "model.mlp.hidden": math.ceil(hidden * width / grain) * grain,
     }
-
-
-def _head_width(width: int) -> int:
-    return 64 if width % 64 == 0 and width >= 256 else next(d for d in (32, 16, 8) if width % d == 0)
 
 
 def gla(width: int) -> Shape:
