@@ -115,7 +115,7 @@ def _shape(family: str, args: Any) -> recipe.Shape:
         )
     tracking = args.task in ("parity", "modular")
     shape = SHAPES[family](args.width)
-    layers = args.layers or (1 if tracking and family != "hybrid" else 2)
+    layers = args.layers or (1 if tracking and family not in ("hybrid", "mor") else 2)
     if all(channel == "none" for _, channel in shape.get("model.blocks", [("attention", "mlp")])):
         layers *= 2  # a mixer alone is half a layer
     if family.startswith("gated_deltanet"):

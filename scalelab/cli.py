@@ -233,7 +233,7 @@ def _probe(args: argparse.Namespace) -> int:
     for drop in sweep.dropped:
         raise BadInput("--families", drop.overrides["family"], f"cannot be trained so: {drop.reason}")
     specs = [run.spec for run in sweep.runs]
-    sizes = _numbers("--lengths", args.lengths) or probe.default_sizes(specs[0])
+    sizes = _numbers("--lengths", args.lengths) or _numbers("--pairs", args.pairs) or probe.default_sizes(specs[0])
     probe.check_sizes(specs[0], sizes)
     path = sweep.save(root)
     outcome = local.run_all(root, [spec.id for spec in specs], args.jobs)
@@ -299,12 +299,15 @@ def _bench(args: argparse.Namespace) -> int:
     if args.what == "families":
         from scalelab.bench import families
 
-        return families.main(args.params or 1e5, families=[name for name in args.families.split(",") if name])
+        return families.main(
+            1e5 if args.params is None else args.params, families=[name for name in args.families.split(",") if name]
+        )
     if args.what == "train":
         from scalelab.bench import throughput
 
         return throughput.main(
-            args.params or 130e6, [name for name in args.families.split(",") if name], args.kernels.split(","),
+            130e6 if args.params is None else args.params,
+            [name for name in args.families.split(",") if name], args.kernels.split(","),
             args.rows, args.seq_len, args.torch, args.packed, args.profile,
         )  # fmt: skip
     if args.what == "kernels":
@@ -312,7 +315,8 @@ def _bench(args: argparse.Namespace) -> int:
 
         families = [name for name in args.families.split(",") if name]
         if args.list and families:
-            return kernels.list_families(families, args.params or 130e6, args.rows, args.seq_len, args.dtype)
+            params = 130e6 if args.params is None else args.params
+            return kernels.list_families(families, params, args.rows, args.seq_len, args.dtype)
         return kernels.main([op for op in args.ops.split(",") if op], args.list, args.torch, args.dtype)
     if args.what == "coords":
         from scalelab.bench import coords

@@ -74,7 +74,9 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
                    help="parity | modular | recall | copy (default: parity)")  # fmt: skip
     p.add_argument("--families", default="", metavar="A,B,...", help="default: slstm,deltanet,mamba,transformer")
     p.add_argument("--size", type=int, default=0, metavar="N", help="length or pairs to train up to")
-    p.add_argument("--lengths", "--pairs", default="", metavar="N,...", help="sizes to test (default: from --size)")
+    sizes = p.add_mutually_exclusive_group()
+    sizes.add_argument("--lengths", default="", metavar="N,...", help="sizes to test (default: from --size)")
+    sizes.add_argument("--pairs", default="", metavar="N,...", help="the same, as recall counts them")
     p.add_argument("--steps", type=int, default=0, metavar="N")
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each family (default: 1)")
     p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")

@@ -40,10 +40,6 @@ class PerToken:
     def training(self) -> float:
         return 3 * self.forward
 
-    @property
-    def training_without_unembedding(self) -> float:
-        return 3 * self.forward_without_unembedding
-
 
 @dataclasses.dataclass(frozen=True)
 class Counts:

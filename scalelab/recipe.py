@@ -25,9 +25,13 @@ Shape = dict[str, Any]  # dotted overrides
 WIDTHS = (*range(16, 64, 8), *range(64, 256, 16), *range(256, 16385, 64))
 
 
+def _head_width(width: int) -> int:
+    return 64 if width % 64 == 0 and width >= 256 else next(d for d in (32, 16, 8) if width % d == 0)
+
+
 def transformer(width: int) -> Shape:
     """A SwiGLU Transformer: one layer per 64 of width (at least 2), F = 8/3 D."""
-    head_dim = 64 if width % 64 == 0 and width >= 256 else next(d for d in (32, 16, 8) if width % d == 0)
+    head_dim = _head_width(width)
     grain = 64 if width >= 256 else 16
     heads = width // head_dim
     return {
@@ -144,10 +148,6 @@ def _with_mlp(family: str, width: int, hidden: float) -> Shape:
     }
 
 
-def _head_width(width: int) -> int:
-    return 64 if width % 64 == 0 and width >= 256 else next(d for d in (32, 16, 8) if width % d == 0)
-
-
 def gla(width: int) -> Shape:
     """GLA: 4 heads at any width, as published."""
     return _with_mlp("gla", width, 8 / 3) | {"model.gla.heads": 4}
@@ -185,7 +185,7 @@ def hybrid(width: int, mixer: str = "gated_deltanet", every: int = 4, window: in
 
     `window` is that of the attention; of a Transformer, whose every m-th layer sees everything, that of the others.
     """
-    choice("argument mixer", mixer, [name for name in FAMILIES if name != "hybrid"])
+    choice("argument mixer", mixer, [name for name in FAMILIES if name not in ("hybrid", "mor")])
     at_least("argument every", every, 1)
     at_least("argument window", window, 1 if mixer == "transformer" else 0)
     base = {**transformer(width), **FAMILIES[mixer](width)}
@@ -221,7 +221,9 @@ FAMILIES: dict[str, Callable[..., Shape]] = {
 
 def shape(family: str, width: int, **options: Any) -> Shape:
     """The family's shape at a width, with a learning rate; `options` are the family's own. Raises `BadInput` for an
-    unknown family."""
+    unknown family, and for a width that is no multiple of 8."""
+    if width < 8 or width % 8:
+        raise BadInput("width", width, "must be a multiple of 8, at least 8")
     return {**_family(family)(width, **options), "optim.lr": learning_rate(width, family)}
 
 
@@ -258,6 +260,7 @@ def sized(family: str, target: float, **options: Any) -> Shape:
 
     Widths are multiples of 8 up to 64, of 16 up to 256, of 64 above. Raises `BadInput` beyond them.
     """
+    at_least("argument params", target, 0, above=True)
     smallest, largest = (params(family, width, **options) for width in (WIDTHS[0], WIDTHS[-1]))
     if target < smallest / 2:
         raise BadInput("params", target, f"the smallest {family} of the recipe has {smallest} parameters")
@@ -275,8 +278,8 @@ def for_budget(family: str, budget: float, ratio: float = 20.0, **options: Any) 
     """The family's shape for a training budget in FLOP: C = 6 N D, with D = ratio * N tokens (about 20: Hoffmann et al.
     2022; a law of one's own says better) and N active parameters without embeddings. How many steps spend it, by the
     exact count: `sweep.steps_for`."""
-    at_least("budget", budget, 0, above=True)
-    at_least("ratio", ratio, 0, above=True)
+    at_least("argument budget", budget, 0, above=True)
+    at_least("argument ratio", ratio, 0, above=True)
     return sized(family, math.sqrt(budget / (6 * ratio)), **options)
 
 
@@ -358,6 +361,11 @@ def config(
     """
     options = options or {}
     args = parse_arg(arg, **ARGUMENTS, **others)
+    given = {item.strip().partition("=")[0] for item in arg.split(",")}
+    if args.params and "size" in given:
+        raise BadInput("config argument size", args.size, f"goes without params = {args.params:g}")
+    if args.parametrization == "standard" and "base" in given:
+        raise BadInput("config argument base", args.base, "needs parametrization = mup or completep")
     if args.size not in (*SIZES, *published):
         raise BadInput("config argument size", args.size, f"must be one of {', '.join((*SIZES, *published))}")
     if args.params:

@@ -242,8 +242,8 @@ ADDED_LATER |= {
 
 
 def _named(field: str) -> str:
-    """As the user wrote it: an option, or a field of the config."""
-    return field if field.startswith("--") else f"config.{field}"
+    """As the user wrote it: an option, an argument, or a field of the config."""
+    return field if field.startswith(("--", "argument ")) else f"config.{field}"
 
 
 def choice(field: str, value: str, allowed: Iterable[str]) -> None:
@@ -253,13 +253,15 @@ def choice(field: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def at_least(field: str, value: float, least: float, *, above: bool = False) -> None:
-    if not math.isfinite(value) or value < least or (above and value == least):
-        raise BadInput(_named(field), value, f"must be {'above' if above else 'at least'} {least}")
+    finite = math.isfinite(value)
+    if not finite or value < least or (above and value == least):
+        remedy = f"must be {'' if finite else 'finite and '}{'above' if above else 'at least'} {least}"
+        raise BadInput(_named(field), value, remedy)
 
 
-def between(field: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise BadInput(_named(field), value, f"must lie in [{low}, {high}]")
+def between(field: str, value: float, low: float, high: float, *, below: bool = False) -> None:
+    if not low <= value <= high or (below and value == high):
+        raise BadInput(_named(field), value, f"must lie in [{low}, {high}{')' if below else ']'}")
 
 
 def validate(config: Config) -> None:
@@ -282,8 +284,10 @@ def validate(config: Config) -> None:
     at_least("optim.eps", optim.eps, 0, above=True)
     for field in ("weight_decay", "clip", "decay_exponent"):
         at_least(f"optim.{field}", optim[field], 0)
-    for field in ("warmup", "cooldown", "final_lr", "beta1", "beta2"):
+    for field in ("warmup", "cooldown", "final_lr"):
         between(f"optim.{field}", optim[field], 0, 1)
+    for field in ("beta1", "beta2"):
+        between(f"optim.{field}", optim[field], 0, 1, below=True)
     if optim.schedule == "wsd" and optim.warmup + optim.cooldown > 1:
         raise BadInput("config.optim.cooldown", optim.cooldown, f"warmup {optim.warmup} + cooldown must not exceed 1")
     at_least("train.steps", train.steps, 1)

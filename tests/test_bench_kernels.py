@@ -98,6 +98,18 @@ def test_bad_input(capsys):
     assert "fast" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("said", "note"), [("", "MemoryError"), ("\n", "MemoryError"), ("full\nof it", "full")])
+def test_one_that_fails_is_a_row(said, note, monkeypatch):
+    def fails(*_):
+        raise MemoryError(said)
+
+    monkeypatch.setattr(throughput, "median_seconds", fails)
+    monkeypatch.setattr(kernels, "median_seconds", fails)
+    assert throughput.measured("transformer", "xla", 5e3, rows=2, seq_len=32, packed=False).note == note
+    case = next(case for case in cases.all_cases("cpu") if case.op == "cross_entropy")
+    assert kernels.measured(case, "xla", (1.0, 1.0)).note == note
+
+
 def test_utilisation_of_a_small_model(capsys):
     row = throughput.measured("transformer", "xla", 5e3, rows=2, seq_len=32, packed=False)
     assert row.note == ""

@@ -64,6 +64,9 @@ def test_final_weights_have_no_rest(tmp_path):
     assert checkpoint.load_params(tmp_path.parent, abstract(state()[0])) is None
     (tmp_path / "run").mkdir()
     tmp_path.joinpath("run", "checkpoints").symlink_to(tmp_path)
+    step, params = checkpoint.load_params(tmp_path / "run", abstract(state()[0]), say=pytest.fail)
+    assert step == 7
+    assert equal(params, state(7)[0])
 
 
 def test_a_flipped_bit_changes_the_checksum_wherever_it_is():

@@ -2,13 +2,14 @@
 
 import math
 import re
+import runpy
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from scalelab import cli, data, model_plots, probe, records, sweep, train
-from scalelab.config import base, finish, override
+from scalelab.config import base, builtin_folder, finish, override
 from scalelab.data import probes
 from scalelab.data.stream import labelled, split_rows
 from scalelab.errors import BadInput
@@ -200,6 +201,13 @@ def test_bad_input_of_probe_is_one_line_and_status_2(tmp_path, capsys, monkeypat
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(BadInput, match="not trained on one probe"):
         probe.task_of(sweep.plan(finish(base(), {})).spec)
+
+
+@pytest.mark.parametrize("task", ["parity", "modular", "recall", "copy"])
+def test_every_family_can_be_planned_at_the_defaults(task):
+    families = runpy.run_path(str(builtin_folder() / "probe.py"))["SHAPES"]
+    found = sweep.expand(f"probe:task={task},families={':'.join(families)}", {})
+    assert [run.spec.config.family for run in found.runs] == list(families)
 
 
 def test_a_family_is_the_same_whichever_comes_first():

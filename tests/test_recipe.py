@@ -33,6 +33,8 @@ def test_a_budget_is_six_times_parameters_and_tokens(family):
 def test_what_is_no_budget_is_refused():
     with pytest.raises(BadInput, match="budget = 0"):
         recipe.for_budget("mamba", 0)
+    with pytest.raises(BadInput, match=r"^argument ratio = -1: must be above 0"):
+        recipe.for_budget("mamba", 1e9, -1)
     with pytest.raises(BadInput, match=r"params = .*the smallest mamba"):
         recipe.for_budget("mamba", 1e5)
 
@@ -67,6 +69,32 @@ def test_learning_rates_fall_with_the_width():
     rates = [recipe.learning_rate(width) for width in recipe.WIDTHS]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] == 0.02
+
+
+@pytest.mark.parametrize("mixer", [name for name in recipe.FAMILIES if name not in ("hybrid", "mor")])
+def test_a_hybrid_of_every_mixer_that_is_offered(mixer):
+    assert load(f"hybrid:mixer={mixer},window=8,size=xs").family == f"{mixer}_hybrid"
+    with pytest.raises(BadInput, match=rf"^argument mixer = 'nope': must be one of .*\b{mixer}\b"):
+        recipe.shape("hybrid", 64, mixer="nope")
+
+
+@pytest.mark.parametrize("mixer", ["hybrid", "mor"])
+def test_what_cannot_be_a_hybrid_is_not_offered(mixer):
+    with pytest.raises(BadInput, match=rf"^argument mixer = '{mixer}': must be one of (?!.*\b{mixer}\b)"):
+        recipe.shape("hybrid", 64, mixer=mixer)
+
+
+@each
+@pytest.mark.parametrize("width", [-8, 0, 7, 100])
+def test_a_width_is_a_multiple_of_8(family, width):
+    with pytest.raises(BadInput, match=f"^width = {width}: must be a multiple of 8, at least 8$"):
+        recipe.shape(family, width)
+
+
+@pytest.mark.parametrize("target", [math.nan, math.inf])
+def test_a_size_is_a_number(target):
+    with pytest.raises(BadInput, match=f"^argument params = {target}: must be finite and above 0"):
+        recipe.sized("transformer", target)
 
 
 def test_what_is_too_small_is_refused():

@@ -2,7 +2,7 @@
 
     scalelab sweep --config=experiments/2026-11-22-family-lr/sweep.py --runs=runs/family-lr --jobs=16
 
-Arguments: families (all of the recipe), sizes (target parameters without embeddings), factors (of the rule's rate),
+Arguments: families (ten of the recipe), sizes (target parameters without embeddings), factors (of the rule's rate),
 budget (training FLOP of each run), seeds.
 """
 
@@ -13,9 +13,11 @@ from scalelab import recipe
 from scalelab import sweep as sweeps
 from scalelab.config import load_file, parse_arg
 
+FAMILIES = (
+    "transformer", "moe", "mamba", "mamba2", "xlstm", "gla", "deltanet", "gated_deltanet", "lightning", "hybrid",
+)  # fmt: skip
 DEFAULTS: dict[str, Any] = {
-    "families": tuple(recipe.FAMILIES), "sizes": (1.4e4, 5.6e4), "factors": (0.25, 0.5, 1.0, 2.0, 4.0), "budget": 2e11,
-    "seeds": 2,
+    "families": FAMILIES, "sizes": (1.4e4, 5.6e4), "factors": (0.25, 0.5, 1.0, 2.0, 4.0), "budget": 2e11, "seeds": 2,
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from pallas_kernels import dispatch
 from scalelab.bench import cases, throughput
-from scalelab.bench.throughput import matmul_rate, median_seconds
+from scalelab.bench.throughput import matmul_rate, median_seconds, note_of
 from scalelab.errors import BadInput
 from scalelab.schema import choice as choice_of
 
@@ -161,9 +161,8 @@ def measured(case: cases.Case, kernels: str, rates: tuple[float, float]) -> Seen
             second, spread = median_seconds(lambda: both(cotangents, *arrays))
             memory = both.memory_analysis()
     except Exception as problem:  # one that fails is a row of the table, not the end of the run
-        nan = float("nan")
-        said = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
-        return Seen(**row, error=nan, gradient_error=nan, forward=nan, both=nan, spread=nan, memory=nan, note=said)
+        nan, note = float("nan"), note_of(problem)
+        return Seen(**row, error=nan, gradient_error=nan, forward=nan, both=nan, spread=nan, memory=nan, note=note)
     finally:
         gc.collect()
     temporary = float(getattr(memory, "temp_size_in_bytes", np.nan))

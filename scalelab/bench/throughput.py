@@ -127,11 +127,16 @@ def measured(family: str, kernels: str, params: float, rows: int, seq_len: int, 
                 fallen = {op for op, choice in heard if choice.implementation == "xla" and choice.passed_over}
                 row["plain"] = tuple(sorted(fallen))
     except Exception as error:  # a family that fails is a row of the table, not the end of the run
-        return Row(**row, seconds=np.nan, spread=np.nan, memory=np.nan, note=str(error).splitlines()[0][:90])
+        return Row(**row, seconds=np.nan, spread=np.nan, memory=np.nan, note=note_of(error))
     finally:
         held = state = None
         gc.collect()
     return Row(**row, seconds=seconds, spread=spread, memory=getattr(memory, "temp_size_in_bytes", np.nan))
+
+
+def note_of(error: Exception) -> str:
+    """Its first line, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
 
 
 def breakdown(

@@ -41,7 +41,6 @@ from scalelab.data.stream import MOST_TOKENS, HeldOut, labelled
 from scalelab.errors import BadInput
 
 _VERSION = "probe-1"  # changes whenever rows of the same task do
-_HELD_OUT = 16  # one row in so many
 _ATTEMPTS = 1000  # (15/16)^1000 < 1e-28: a row that still isn't on its side has no such side
 
 Rows = tuple[Int64[np.ndarray, "n T+1"], Int64[np.ndarray, "n T"]]  # tokens, labels (-1: none)

@@ -43,10 +43,6 @@ class Part(nnx.Module):
         tensors = cls.tensors(spec, options)
         return tensors if spec.base is None else with_base(tensors, cls.tensors(spec.base, base))
 
-    def roles(self) -> dict[str, str]:
-        """What each of its parameters is, for parametrization."""
-        return {name: tensor.role for name, tensor in self.tensors(self.spec, self.options).items()}
-
     def weight(self, name: str) -> Array:
         """A parameter in the compute dtype."""
         return getattr(self, name)[...].astype(self.spec.dtype)

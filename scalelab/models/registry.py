@@ -32,8 +32,12 @@ CHANNELS: dict[str, type[ChannelMixer]] = {"mlp": MLP, "moe": MoE}
 
 
 def validate(config: Any) -> None:
-    """Raises `BadInput` where `config`, the model section with its vocabulary known, is no possible model."""
+    """Raises `BadInput` where `config`, the model section with its vocabulary known, is no possible model, and where
+    a section that no block uses has values that no block could."""
     resolve(config)
+    for name, part in {**MIXERS, **CHANNELS}.items():
+        values = options(part.Options, config[name], {}, f"config.model.{name}")
+        part.check(values, f"model.{name}", 0)  # what every number divides: only blocks must fit the width
 
 
 def with_vocabulary(config: Any, tokens: int) -> Any:

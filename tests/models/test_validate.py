@@ -23,6 +23,9 @@ BAD = [
     ({"attention.head_dim": 7}, "config.model.attention.head_dim", "even"),
     ({"attention.heads": 0}, "config.model.attention.heads", "at least 1"),
     ({"attention.soft_cap": -1.0}, "config.model.attention.soft_cap", "at least 0"),
+    ({"moe.router": "nonsense"}, "config.model.moe.router", "softmax, sigmoid"),  # what no block uses, too
+    ({"mamba.state": -4}, "config.model.mamba.state", "at least 1"),
+    ({"gla.chunk": 24}, "config.model.gla.chunk", "power of two"),
     ({"mlp.kind": "relu"}, "config.model.mlp.kind", "swiglu, gelu"),
     ({"mlp.hidden": 0}, "config.model.mlp.hidden", "at least 1"),
     ({"norm": "batchnorm"}, "config.model.norm", "rmsnorm, layernorm"),
@@ -47,6 +50,6 @@ def test_bad_input_names_field_value_and_remedy(changes, field, remedy):
 
 
 def test_what_is_fine():
-    for changes in ({}, {"attention.head_dim": 7, "attention.rope_theta": 0.0}, {"width": 100}):
+    for changes in ({}, {"attention.head_dim": 7, "attention.rope_theta": 0.0}, {"width": 100}, {"slstm.heads": 3}):
         changes = {"vocab_size": 9} | changes
         models.validate(override(base(), {f"model.{name}": value for name, value in changes.items()}).model)
