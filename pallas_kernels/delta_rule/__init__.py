@@ -47,15 +47,3 @@ def delta_rule(
         out, final = reference.delta_rule(q, k, v, beta, log_decay, state, reset)
         return out.astype(v.dtype), final
     return xla.delta_rule(q, k, v, beta, log_decay, state, reset, chunk)
-
-
-def step(
-    q: Float[Array, "B G dk"],
-    k: Float[Array, "B G dk"],
-    v: Float[Array, "B H dv"],
-    beta: Float[Array, "B H"],
-    log_decay: Float[Array, "B H"] | None,
-    state: Float[Array, "B H dk dv"],
-) -> tuple[Float[Array, "B H dv"], Float[Array, "B H dk dv"]]:
-    """One token: 6 dk dv FLOPs a head, 7 with a decay, and reading and writing the state."""
-    return xla.step(q, k, v, beta, log_decay, state)

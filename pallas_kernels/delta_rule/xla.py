@@ -125,13 +125,3 @@ def _solve_backward(saved: Any, d_solved: Array) -> tuple[Array, Array]:
 
 solve.defvjp(_solve_forward, _solve_backward)
 product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # errors of a row enter all rows below it
-
-
-def step(q: Array, k: Array, v: Array, beta: Array, log_decay: Array | None, state: Array) -> tuple[Array, Array]:
-    H = v.shape[1]
-    q, k = (jnp.repeat(a.astype(F32), H // a.shape[1], axis=1) for a in (q, k))
-    if log_decay is not None:
-        state = jnp.exp(log_decay.astype(F32))[..., None, None] * state
-    error = v.astype(F32) - jnp.sum(state * k[..., :, None], axis=-2)
-    state = state + (beta.astype(F32)[..., None] * k)[..., :, None] * error[..., None, :]
-    return jnp.sum(state * q[..., :, None], axis=-2).astype(v.dtype), state

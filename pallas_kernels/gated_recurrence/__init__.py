@@ -45,14 +45,3 @@ def gated_recurrence(
     if weight is not None:
         v = (weight[..., None] * v).astype(v.dtype)
     return xla.gated_recurrence(q, k, v, log_decay, state, reset, chunk)
-
-
-def step(
-    q: Float[Array, "B G dk"],
-    k: Float[Array, "B G dk"],
-    v: Float[Array, "B H dv"],
-    log_decay: Float[Array, "B H"],
-    state: Float[Array, "B H dk dv"],
-) -> tuple[Float[Array, "B H dv"], Float[Array, "B H dk dv"]]:
-    """One token: 4 dk dv FLOPs a head, and reading and writing the state."""
-    return xla.step(q, k, v, log_decay, state)

@@ -75,10 +75,3 @@ def _forward(
     before = beside(jnp.moveaxis(before, 0, 1).astype(v.dtype))
     out += entering[..., None] * apart(jnp.einsum("bcgtk,bcgkv->bcgtv", q, before, preferred_element_type=F32))
     return jnp.moveaxis(out, 2, 3).reshape(B, -1, H, dv)[:, :T].astype(v.dtype), final
-
-
-def step(q: Array, k: Array, v: Array, log_decay: Array, state: Array) -> tuple[Array, Array]:
-    H = v.shape[1]
-    q, k = (jnp.repeat(a.astype(F32), H // a.shape[1], axis=1) for a in (q, k))
-    state = jnp.exp(log_decay.astype(F32))[..., None, None] * state + k[..., :, None] * v.astype(F32)[..., None, :]
-    return jnp.sum(state * q[..., :, None], axis=-2).astype(v.dtype), state

@@ -41,14 +41,3 @@ def gla(
         out, final = reference.gla(q, k, v, log_decay, state, reset)
         return out.astype(v.dtype), final
     return xla.gla(q, k, v, log_decay, state, reset, chunk)
-
-
-def step(
-    q: Float[Array, "B H dk"],
-    k: Float[Array, "B H dk"],
-    v: Float[Array, "B H dv"],
-    log_decay: Float[Array, "B H dk"],
-    state: Float[Array, "B H dk dv"],
-) -> tuple[Float[Array, "B H dv"], Float[Array, "B H dk dv"]]:
-    """One token: 5 dk dv FLOPs a head, and reading and writing the state."""
-    return xla.step(q, k, v, log_decay, state)

@@ -74,9 +74,3 @@ def scores(q: Array, k: Array, b: Array) -> Array:
         out = jnp.where((block[:, None] == block + 1) & (block % 2 == 0), product, out)
         h *= 2
     return out
-
-
-def step(q: Array, k: Array, v: Array, log_decay: Array, state: Array) -> tuple[Array, Array]:
-    k, v32 = k.astype(F32), v.astype(F32)
-    state = jnp.exp(log_decay.astype(F32))[..., None] * state + k[..., :, None] * v32[..., None, :]
-    return jnp.sum(state * q.astype(F32)[..., :, None], axis=-2).astype(v.dtype), state

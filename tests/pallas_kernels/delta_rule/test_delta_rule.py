@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.delta_rule import delta_rule, reference, step
+from pallas_kernels.delta_rule import delta_rule, reference
 
 pytestmark = pytest.mark.once
 
@@ -77,8 +77,8 @@ def test_token_by_token(gates):
     *arrays, state = inputs(11, gates=gates)
     whole, final = delta_rule(*arrays, state, chunk=4)
     for t in range(11):
-        out, state = step(*(None if a is None else a[:, t] for a in arrays), state)
-        np.testing.assert_allclose(out, whole[:, t], rtol=1e-5, atol=1e-5)
+        out, state = delta_rule(*(None if a is None else a[:, t : t + 1] for a in arrays), state)
+        np.testing.assert_allclose(out[:, 0], whole[:, t], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state, final, rtol=1e-5, atol=1e-5)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gated_recurrence import gated_recurrence, reference, step
+from pallas_kernels.gated_recurrence import gated_recurrence, reference
 
 pytestmark = pytest.mark.once
 
@@ -64,8 +64,8 @@ def test_token_by_token():
     q, k, v, g, state = inputs(11, G=2)
     whole, final = gated_recurrence(q, k, v, g, state, chunk=4)
     for t in range(11):
-        out, state = step(q[:, t], k[:, t], v[:, t], g[:, t], state)
-        np.testing.assert_allclose(out, whole[:, t], rtol=1e-5, atol=1e-5)
+        out, state = gated_recurrence(*(a[:, t : t + 1] for a in (q, k, v, g)), state)
+        np.testing.assert_allclose(out[:, 0], whole[:, t], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state, final, rtol=1e-5, atol=1e-5)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gla import gla, reference, step
+from pallas_kernels.gla import gla, reference
 
 pytestmark = pytest.mark.once
 
@@ -72,8 +72,8 @@ def test_token_by_token():
     *arrays, state = inputs(11)
     whole, final = gla(*arrays, state, chunk=4)
     for t in range(11):
-        out, state = step(*(a[:, t] for a in arrays), state)
-        np.testing.assert_allclose(out, whole[:, t], rtol=1e-5, atol=1e-5)
+        out, state = gla(*(a[:, t : t + 1] for a in arrays), state)
+        np.testing.assert_allclose(out[:, 0], whole[:, t], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state, final, rtol=1e-5, atol=1e-5)
 
 
