@@ -1,5 +1,6 @@
 """What kernels of every operation are held against."""
 
+import math
 import subprocess
 import sys
 from functools import partial
@@ -38,7 +39,10 @@ def values_and_gradients(f, arrays, cotangents, kernels):
 
 
 def distance(a, b):
-    return float(jnp.linalg.norm(a.astype(jnp.float32) - b))
+    """Never NaN, which Python's `max` may pass over."""
+    found = float(jnp.linalg.norm(a.astype(jnp.float32) - b))
+    assert math.isfinite(found)
+    return found
 
 
 def errors(op, definition, kernels, arrays, cotangents, floor=1e-4):
