@@ -1,5 +1,8 @@
 """Every form of every recurrence, of the short convolution and of the experts' products, over shapes and inputs that
-hypothesis draws, against the definition in float32: values and all gradients. Cross-entropy has its own."""
+hypothesis draws, against the definition in float32: values and all gradients. Cross-entropy has its own.
+
+Hypothesis begins with the first of every choice, so that is the awkward one: more than two chunks and no multiple of
+them, documents, heads that share a key, one of them with extreme gates."""
 
 from functools import partial
 
@@ -22,25 +25,47 @@ from tests.pallas_kernels import kernel_checks as checks
 F32, BF16 = jnp.float32, jnp.bfloat16
 UNITS = {"mosaic_gpu": 64, "mosaic_tpu": 128, "xla": 32}  # tokens of a chunk: up to a few more than two are drawn
 WIDTHS = {"xla": [5, 6], "mosaic_gpu": [16, 48], "mosaic_tpu": [128]}  # of experts' matrices
+TILE = 8  # tokens of the selective scan's chunks here
 UNIT_HEADS = {"xla": [3, 8], "mosaic_gpu": [64], "mosaic_tpu": [3, 8]}  # of sLSTM
+
+
+def down_from(n):
+    """n, ..., 1."""
+    return st.integers(0, n - 1).map(lambda less: n - less)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_tiles():
+    """Of the selective scan, whose tokens are interpreted one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kernels in ("mosaic_gpu", "mosaic_tpu") if compat.MOSAIC_GPU else ("mosaic_tpu",):
+            patch.setattr(dispatch.form("selective_scan", kernels), "TILE", TILE)
+        yield
 
 
 class Draw:
     """Arrays of one example: shapes by hypothesis, numbers from its seed."""
 
-    def __init__(self, data, kernels):
+    def __init__(self, data, kernels, dtype=None):
         self.one, self.kernels = data.draw, kernels
         self.rng = np.random.default_rng(self.one(st.integers(0, 2**16), "seed"))
-        self.B, self.T = self.one(st.integers(1, 2), "B"), self.one(st.integers(1, 2 * UNITS[kernels] + 9), "T")
-        self.G, self.H = self.one(st.sampled_from([(1, 1), (1, 2), (2, 2)]), "G, H")
-        self.dk, self.dv = self.one(st.integers(1, 9), "dk"), self.one(st.integers(1, 9), "dv")
-        self.dtype = BF16 if kernels == "mosaic_gpu" else self.one(st.sampled_from([F32, BF16]), "dtype")
-        self.gates = self.one(st.sampled_from(sorted(checks.GATES)), "gates")
-        often = self.one(st.sampled_from([0.0, 0.05, 0.5]), "documents")
+        self.B, self.T = self.one(st.integers(1, 2), "B"), self.one(down_from(2 * UNITS[kernels] + 9), "T")
+        self.G, self.H = self.one(st.sampled_from([(1, 2), (2, 2), (1, 1)]), "G, H")
+        self.dk, self.dv = self.one(down_from(9), "dk"), self.one(down_from(8), "dv")
+        self.dtype = dtype or self.one(st.sampled_from([F32, BF16]), "dtype")
+        orders = ("mild", "mixed", "closed", "open", "none"), ("mixed", "closed", "none", "open", "mild")
+        gates = [self.one(st.sampled_from(order), "gates") for order in orders][: self.H]
+        self.gates = np.transpose([checks.GATES[name] for name in gates])  # lowest and highest, by head
+        often = self.one(st.sampled_from([0.05, 0.5, 0.0]), "documents")
         self.reset = jnp.asarray(self.rng.random((self.B, self.T)) < often) if often else None
         # the kernels' chunks are as long as they are
-        chunk = self.one(st.sampled_from([1, 2, 8, 32]), "chunk") if kernels == "xla" else 0
+        chunk = self.one(st.sampled_from([32, 8, 2, 1]), "chunk") if kernels == "xla" else 0
         self.how = {"chunk": chunk} if chunk else {}
+
+    def shorten(self, tokens):
+        """Where they are interpreted one by one."""
+        self.T = min(self.T, tokens)
+        self.reset = None if self.reset is None else self.reset[:, :tokens]
 
     def normal(self, *shape, dtype=F32, scale=1.0, mean=0.0):
         return jnp.asarray(self.rng.normal(mean, scale, size=shape), dtype)
@@ -52,7 +77,9 @@ class Draw:
         return self.normal(self.B, self.T, self.H, self.dv, dtype=self.dtype)
 
     def decays(self, *more):
-        return jnp.float32(self.rng.uniform(*checks.GATES[self.gates], size=(self.B, self.T, self.H, *more)))
+        """By head, then along the axes `more`."""
+        drawn = self.rng.uniform(*self.gates, size=(*more, self.B, self.T, self.H))
+        return jnp.moveaxis(jnp.float32(drawn), range(len(more)), range(-len(more), 0))
 
     def state(self):
         return self.normal(self.B, self.H, self.dk, self.dv)
@@ -66,7 +93,7 @@ class Draw:
 
 def of_gated_recurrence(d):
     q, k, v, g, state = d.keys(d.G), d.keys(d.G), d.values(), d.decays(), d.state()
-    weight = [jnp.exp(d.uniform(-9, 1, *g.shape))] if d.one(st.booleans(), "weight") else []
+    weight = [jnp.exp(d.uniform(-9, 1, *g.shape))] if d.one(st.sampled_from([True, False]), "weight") else []
 
     def run(q, k, v, g, state, weight=None, *, kernels):
         return gated_recurrence(q, k, v, g, state, d.reset, weight, kernels=kernels, **d.how)
@@ -86,8 +113,8 @@ def of_delta_rule(d):
     if d.one(st.booleans(), "one key"):
         k = jnp.broadcast_to(k[:, :1], k.shape)
     k = (k / jnp.linalg.norm(k, axis=-1, keepdims=True)).astype(d.dtype)
-    beta = d.uniform(0, d.one(st.sampled_from([1.0, 2.0]), "highest beta"), d.B, d.T, d.H)
-    decays = [d.decays()] if d.one(st.booleans(), "decays") else []
+    beta = d.uniform(0, d.one(st.sampled_from([2.0, 1.0]), "highest beta"), d.B, d.T, d.H)
+    decays = [d.decays()] if d.one(st.sampled_from([True, False]), "decays") else []
 
     def run(q, k, v, beta, state, g=None, *, kernels):
         return delta_rule(q, k, v, beta, g, state, d.reset, kernels=kernels, **d.how)
@@ -113,7 +140,8 @@ def of_mlstm(d):
 
 
 def of_selective_scan(d):
-    E, N = d.dk, d.one(st.sampled_from([1, 5, 16]), "N")
+    d.shorten(2 * TILE + 5)
+    E, N = d.dk, d.one(st.sampled_from([5, 1, 16]), "N")
     low, high = d.one(st.sampled_from([(1e-3, 1.0), (5.0, 60.0), (0.0, 1e-6)]), "steps")
     u, B, C = (d.normal(d.B, d.T, n, dtype=d.dtype) for n in (E, N, N))
 
@@ -124,7 +152,7 @@ def of_selective_scan(d):
 
 
 def of_short_conv(d):
-    K, E = d.one(st.integers(2, 8), "K"), d.dk
+    K, E = d.one(down_from(7), "K") + 1, d.dk
     before = jnp.zeros((d.B, K - 1), jnp.int32)
     seen = None
     if d.reset is not None:
@@ -140,24 +168,24 @@ def of_short_conv(d):
 
 def of_slstm(d):
     """R as the kernel for GPUs rounds it. m is a constant to the backward pass."""
-    n, T = d.one(st.sampled_from(UNIT_HEADS[d.kernels]), "d"), min(d.T, 40)
+    d.shorten(40 if d.kernels == "xla" else 9)
+    n = d.one(st.sampled_from(UNIT_HEADS[d.kernels]), "d")
     R = d.normal(4, d.H, n, n, scale=n**-0.5).astype(BF16).astype(F32)
     h, c, m = (d.normal(d.B, d.H, n) for _ in range(3))
-    reset = None if d.reset is None else d.reset[:, :T]
 
     def run(gates, R, h, c, n, *, kernels):
-        out, after = slstm.slstm(gates, R, slstm.State(h, c, n, m), reset, kernels=kernels)
+        out, after = slstm.slstm(gates, R, slstm.State(h, c, n, m), d.reset, kernels=kernels)
         return out, after.c, after.n
 
-    return run, (d.normal(d.B, T, d.H, 4, n), R, h, c, jnp.abs(c) + 1)
+    return run, (d.normal(d.B, d.T, d.H, 4, n), R, h, c, jnp.abs(c) + 1)
 
 
 def of_ragged_matmul(d):
     """Empty groups, and rows that belong to none."""
-    groups = d.one(st.integers(1, 5), "groups")
-    sizes = jnp.asarray(d.one(st.lists(st.integers(0, 40), min_size=groups, max_size=groups), "sizes"), jnp.int32)
-    rows = max(1, int(sizes.sum()) + d.one(st.integers(0, 9), "rest"))
-    D, F = (d.one(st.sampled_from(WIDTHS[d.kernels]), name) for name in "DF")
+    groups = d.one(down_from(5), "groups")
+    sizes = jnp.asarray(d.rng.integers(0, 41, size=groups) * (d.rng.random(groups) < 0.6), jnp.int32)
+    rows = max(1, int(sizes.sum()) + d.one(down_from(10), "rest") - 1)
+    D, F = (d.one(st.sampled_from(WIDTHS[d.kernels][::step]), name) for name, step in (("D", 1), ("F", -1)))
 
     def run(x, w, *, kernels):
         return (ragged_matmul(x, w, sizes, kernels=kernels),)
@@ -180,8 +208,8 @@ OPS = {
 }
 
 
-def equals_the_definition(op, kernels, data):
-    draw = Draw(data, kernels)
+def equals_the_definition(op, kernels, data, dtype=None):
+    draw = Draw(data, kernels, dtype)
     run, arrays = OPS[op](draw)
     like = jax.eval_shape(partial(run, kernels="reference"), *arrays)
     cotangents = tuple(draw.normal(*a.shape, dtype=a.dtype) for a in like)
@@ -194,7 +222,9 @@ def equals_the_definition(op, kernels, data):
     # terms as large as h's gradient leave of each other.
     least = 0.25 * float(jnp.linalg.norm(cotangents[0].astype(F32))) if op == "mlstm" and rounded else 1e-2
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        size = max(float(jnp.linalg.norm(b)), least)
+        # A state of the delta rule is what tokens' values, of order one and rounded, leave of each other.
+        erased = op == "delta_rule" and rounded and i == 1
+        size = max(float(jnp.linalg.norm(b)), 0.25 * b.size**0.5 if erased else least)
         assert checks.distance(a, b) <= (4e-2 if rounded else 3e-4) * size, (i, checks.distance(a, b) / size)
 
 
@@ -207,10 +237,12 @@ def test_the_plain_form(op, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [op for op in OPS if op != "short_conv"])  # which has no form for them
-@settings(max_examples=2, deadline=None, derandomize=True)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@settings(max_examples=1, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_on_tpus(op, data):
-    equals_the_definition(op, "mosaic_tpu", data)
+def test_on_tpus(op, dtype, data):
+    """One example, as below."""
+    equals_the_definition(op, "mosaic_tpu", data, dtype)
 
 
 @pytest.mark.skipif(not compat.MOSAIC_GPU, reason=f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}")
@@ -219,4 +251,4 @@ def test_on_tpus(op, data):
 @given(data=st.data())
 def test_on_gpus(op, data):
     """One example, since the interpreter takes seconds for each."""
-    equals_the_definition(op, "mosaic_gpu", data)
+    equals_the_definition(op, "mosaic_gpu", data, BF16)
