@@ -1,8 +1,6 @@
 """What kernels of every operation are held against."""
 
 import math
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -10,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
-from tests.helpers import with_devices
 
 GATES = {  # log decays
     "mild": (-0.3, 0.0), "closed": (-60.0, -20.0), "open": (-1e-6, 0.0), "mixed": (-40.0, 0.0), "none": (0.0, 0.0),
@@ -110,34 +107,3 @@ def a_population_equals_its_members(op, kernels, members, shared, tolerance):
             for a, b in zip(together, alone, strict=True):
                 a, b = (np.asarray(x, np.float32) for x in (a[k], b))
                 np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
-MESH = """
-import jax, jax.numpy as jnp, numpy as np
-from functools import partial
-from pallas_kernels import dispatch
-from pallas_kernels.devices import per_device
-from pallas_kernels.{op} import {op}
-from tests.pallas_kernels.{op}.kernel_checks import inputs
-arrays, cotangents, _ = inputs(5, B=8, dk=16, dv=16, dtype=jnp.float32)
-def both(run):
-    def values_and_gradients(*arrays):
-        out, pull = jax.vjp(run, *arrays)
-        return *out, *pull(cotangents)
-    return jax.jit(values_and_gradients)
-mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-with dispatch.interpreted():
-    got = both(per_device(partial({op}, kernels="mosaic_tpu"), mesh))(*jax.device_put(arrays, rows))
-for a, b in zip(got, both(partial({op}, kernels="reference"))(*arrays), strict=True):
-    assert a.sharding.is_equivalent_to(rows, a.ndim)
-    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
-print("same")
-"""
-
-
-def rows_on_eight_devices(op):
-    """Each has one of them, values and gradients."""
-    command = [sys.executable, "-c", MESH.format(op=op)]
-    done = subprocess.run(command, env=with_devices(8), capture_output=True, text=True, timeout=120)
-    assert "same" in done.stdout, done.stderr

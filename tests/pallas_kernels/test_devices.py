@@ -7,36 +7,58 @@ import pytest
 
 from tests.helpers import with_devices
 
-CHECK = """
+OPERATIONS = """
 import jax, jax.numpy as jnp, numpy as np
 from functools import partial
+from pallas_kernels import delta_rule, dispatch, gated_recurrence, gla, mlstm, selective_scan, slstm
 from pallas_kernels.devices import per_device
-from pallas_kernels.selective_scan import xla
+from tests.pallas_kernels.delta_rule import kernel_checks as of_delta_rule
+from tests.pallas_kernels.gated_recurrence import kernel_checks as of_gated_recurrence
+from tests.pallas_kernels.gla import kernel_checks as of_gla
+from tests.pallas_kernels.mlstm import kernel_checks as of_mlstm
+from tests.pallas_kernels.selective_scan import kernel_checks as of_selective_scan
+from tests.pallas_kernels.short_conv import kernel_checks as of_short_conv
+from tests.pallas_kernels.slstm import kernel_checks as of_slstm
+small = dict(T=5, B=8, dk=16, dv=16, dtype=jnp.float32)
+arrays, state, (d_h, d_C, d_n), reset = of_mlstm.inputs(**small)
+cell = (*arrays, state), (d_h, mlstm.State(d_C, d_n, jnp.zeros_like(state.m))), reset
+scan, plain = of_selective_scan.inputs(8, 5, 4, 3), of_short_conv.inputs(8, 5, 6, 4)
+cases = [  # an operation of (*arrays, documents), what is not cut, form, (arrays, cotangents, documents)
+    (delta_rule.delta_rule, (), "mosaic_tpu", of_delta_rule.inputs(**small)),
+    (gated_recurrence.gated_recurrence, (), "mosaic_tpu", of_gated_recurrence.inputs(**small)),
+    (gla.gla, (), "mosaic_tpu", of_gla.inputs(**small)),
+    (mlstm.mlstm, (), "mosaic_tpu", cell),
+    (selective_scan.selective_scan, (2,), "mosaic_tpu", scan),
+    (partial(selective_scan.selective_scan, chunk=2), (2,), "xla", scan),
+    (slstm.slstm, (1,), "mosaic_tpu", of_slstm.inputs(8, 3, 1, 8)),
+    (of_short_conv.several, (2, 3), "xla", plain),
+]
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-rng = np.random.default_rng(0)
-u, dt = (jnp.float32(rng.normal(size=(16, 5, 4))) for _ in range(2))
-A, B, C = (jnp.float32(rng.normal(size=shape)) for shape in ((4, 3), (16, 5, 3), (16, 5, 3)))
-args = (u, jax.nn.softplus(dt), -jnp.exp(A), B, C)
-run = lambda u, dt, A, B, C: xla.selective_scan(u, dt, A, B, C, None, None, 2)
+rows, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
 def both(run):
-    def loss(*args):
-        y, h = run(*args)
-        return jnp.sum(jnp.sin(y)) + jnp.sum(h**2)
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))
-rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-placed = [jax.device_put(a, whole if i == 2 else rows) for i, a in enumerate(args)]
-got = both(per_device(run, mesh, shared=(2,)))(*placed)
-want = both(per_device(run, None))(*args)
-for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
-assert got[1][0].sharding.is_equivalent_to(rows, 3)
+    def values_and_gradients(arrays, cotangents, documents):
+        out, pull = jax.vjp(lambda *arrays: run(*arrays, documents), *arrays)
+        return out, pull(cotangents)
+    return jax.jit(values_and_gradients)
+for op, shared, kernels, (arrays, cotangents, documents) in cases:
+    places = [whole if i in shared else rows for i in range(len(arrays))]
+    placed = [jax.device_put(a, place) for a, place in zip(arrays, places)]
+    with dispatch.interpreted():
+        got = both(per_device(partial(op, kernels=kernels), mesh, shared))(
+            placed, *jax.device_put((cotangents, documents), rows)
+        )
+    want = both(partial(op, kernels="reference"))(arrays, cotangents, documents)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=f"{op} {kernels}")
+    out, gradients = got
+    for place, tree in zip((rows, *places), (out, *gradients), strict=True):
+        assert all(a.sharding.is_equivalent_to(place, a.ndim) for a in jax.tree.leaves(tree))
 print("same")
 """
 
 
 def test_rows_on_eight_devices():
-    command = [sys.executable, "-c", CHECK]
+    command = [sys.executable, "-c", OPERATIONS]
     done = subprocess.run(command, env=with_devices(8), capture_output=True, text=True, timeout=120)
     assert "same" in done.stdout, done.stderr
 

@@ -49,10 +49,6 @@ def test_a_population_equals_its_members():
     checks.a_population_equals_its_members(of(delta_rule), "mosaic_tpu", members, (1, 5), 1e-5)
 
 
-def test_rows_on_eight_devices():
-    checks.rows_on_eight_devices("delta_rule")
-
-
 @pytest.mark.parametrize(
     ("G", "H", "dk", "dv", "documents", "dtype"),
     [

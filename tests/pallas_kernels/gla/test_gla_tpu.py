@@ -46,10 +46,6 @@ def test_a_population_equals_its_members():
     checks.a_population_equals_its_members(gla, "mosaic_tpu", members, (0, 4), 1e-5)
 
 
-def test_rows_on_eight_devices():
-    checks.rows_on_eight_devices("gla")
-
-
 @pytest.mark.parametrize(
     ("H", "dk", "dv", "documents", "dtype"),
     [

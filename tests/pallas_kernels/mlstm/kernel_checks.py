@@ -12,7 +12,7 @@ from tests.pallas_kernels import kernel_checks as common
 from tests.pallas_kernels.kernel_checks import distance, values_and_gradients
 
 
-def inputs(T, dk=64, dv=64, gates="mild", dtype=jnp.bfloat16, seed=0):
+def inputs(T, B=1, dk=64, dv=64, gates="mild", dtype=jnp.bfloat16, seed=0):
     """(q, k, v, i, f), the state, cotangents of h, C and n, documents."""
     rng = np.random.default_rng(seed)
 
@@ -25,16 +25,16 @@ def inputs(T, dk=64, dv=64, gates="mild", dtype=jnp.bfloat16, seed=0):
         "extreme": ((-15, 15), (-15, 15)),
     }[gates]
     # With a mean, so that the normaliser stays away from 0, where products of rounded numbers would be lost.
-    q, k = normal(1, T, 1, dk, mean=0.4), normal(1, T, 1, dk, mean=0.4)
-    i, f = (jnp.float32(rng.uniform(*ends, size=(1, T, 1))) for ends in ((i0, i1), (f0, f1)))
+    q, k = normal(B, T, 1, dk, mean=0.4), normal(B, T, 1, dk, mean=0.4)
+    i, f = (jnp.float32(rng.uniform(*ends, size=(B, T, 1))) for ends in ((i0, i1), (f0, f1)))
     state = State(
-        normal(1, 1, dk, dv, dtype=jnp.float32),
-        normal(1, 1, dk, dtype=jnp.float32, mean=1.0),
-        normal(1, 1, dtype=jnp.float32),
+        normal(B, 1, dk, dv, dtype=jnp.float32),
+        normal(B, 1, dk, dtype=jnp.float32, mean=1.0),
+        normal(B, 1, dtype=jnp.float32),
     )
-    cotangents = normal(1, T, 1, dv), normal(1, 1, dk, dv, dtype=jnp.float32), normal(1, 1, dk, dtype=jnp.float32)
-    arrays = q, k, normal(1, T, 1, dv), i, f
-    return arrays, state, cotangents, jnp.asarray(rng.random((1, T)) < 0.05).at[:, T // 2].set(True)
+    cotangents = normal(B, T, 1, dv), normal(B, 1, dk, dv, dtype=jnp.float32), normal(B, 1, dk, dtype=jnp.float32)
+    arrays = q, k, normal(B, T, 1, dv), i, f
+    return arrays, state, cotangents, jnp.asarray(rng.random((B, T)) < 0.05).at[:, T // 2].set(True)
 
 
 def equals_the_reference(kernels, shape, gates, documents, rough):
