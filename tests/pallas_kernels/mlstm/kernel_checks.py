@@ -58,10 +58,17 @@ def equals_the_reference(kernels, shape, gates, documents, rough):
     assert abs(float((d_m - true_d_m).squeeze())) <= 6e-3 * float(jnp.linalg.norm(state.C) * jnp.linalg.norm(got[-2]))
 
 
-def a_population_equals_its_members_without_a_state(kernels):
-    """With one q for all."""
-    members = [(arrays, cotangents[0]) for arrays, _, cotangents, _ in (inputs(8, seed=s) for s in (1, 2))]
-    common.a_population_equals_its_members(lambda *a, **k: mlstm(*a, **k)[0], kernels, members, (0,), 1e-5)
+def a_population_equals_its_members(kernels, given):
+    """With one q for all. Those `given` a state have each its own, and gradients through the last one too."""
+    members = []
+    for arrays, state, cotangents, _ in (inputs(8, seed=s) for s in (1, 2)):
+        members.append(((*arrays, *state), cotangents) if given else (arrays, cotangents[:1]))
+
+    def op(q, k, v, i, f, *state, kernels):
+        h, after = mlstm(q, k, v, i, f, State(*state) if given else None, kernels=kernels)
+        return (h, after.C, after.n) if given else (h,)
+
+    common.a_population_equals_its_members(op, kernels, members, (0,), 1e-5)
 
 
 def lowered_gradients(kernels, platform, dtype=jnp.bfloat16):

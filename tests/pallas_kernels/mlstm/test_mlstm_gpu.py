@@ -26,8 +26,9 @@ def test_equals_the_reference_in_values_and_all_gradients(shape, gates, document
     checks.equals_the_reference("mosaic_gpu", shape, gates, documents, rough=3e-2 if gates == "extreme" else 6e-3)
 
 
-def test_a_population_equals_its_members_without_a_state():
-    checks.a_population_equals_its_members_without_a_state("mosaic_gpu")
+@pytest.mark.parametrize("given", [False, True])
+def test_a_population_equals_its_members(given):
+    checks.a_population_equals_its_members("mosaic_gpu", given)
 
 
 def test_lowers_for_cuda_at_training_shapes():

@@ -21,8 +21,9 @@ def test_equals_the_reference_in_values_and_all_gradients(shape, gates, document
     checks.equals_the_reference("mosaic_tpu", shape, gates, documents, rough)
 
 
-def test_a_population_equals_its_members_without_a_state():
-    checks.a_population_equals_its_members_without_a_state("mosaic_tpu")
+@pytest.mark.parametrize("given", [False, True])
+def test_a_population_equals_its_members(given):
+    checks.a_population_equals_its_members("mosaic_tpu", given)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
