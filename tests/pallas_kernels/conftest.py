@@ -13,9 +13,10 @@ def _exact_products():
         yield
 
 
-@pytest.fixture
-def no_races(monkeypatch, capfd):
-    """The interpreter follows what waits for what, also where a copy happens to be early enough."""
-    monkeypatch.setattr(compat, "gpu_interpreter", partial(compat.gpu_interpreter, detect_races=True))
+@pytest.fixture(autouse=True)
+def _no_races(monkeypatch, capfd):
+    """The interpreters follow what waits for what, also where a copy happens to be early enough."""
+    for name in ("gpu_interpreter", "tpu_interpreter"):
+        monkeypatch.setattr(compat, name, partial(getattr(compat, name), detect_races=True))
     yield
     assert "race" not in capfd.readouterr().out.lower()

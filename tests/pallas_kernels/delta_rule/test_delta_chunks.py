@@ -15,8 +15,6 @@ if not compat.MOSAIC_GPU:
 from pallas_kernels.delta_rule import gpu
 from pallas_kernels.delta_rule import gpu_chunks as chunks
 
-pytestmark = pytest.mark.usefixtures("no_races")
-
 
 def wide(a):
     return jnp.pad(a, (*((0, 0),) * 4, (0, -a.shape[-1] % chunks.L)))

@@ -13,7 +13,6 @@ from tests.pallas_kernels.gla.kernel_checks import inputs
 
 if not compat.MOSAIC_GPU:
     pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}", allow_module_level=True)
-pytestmark = pytest.mark.usefixtures("no_races")
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,6 @@ BF16 = jnp.bfloat16
 HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3", "9.0")
 
 
-pytestmark = pytest.mark.usefixtures("no_races")
-
-
 def inputs(*shape, seed=1):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), BF16)
 

@@ -38,7 +38,9 @@ def close(a, b, tolerance=3e-5):
 
 
 @pytest.mark.parametrize("gates", ["mild", "extreme", "start", "open", "shut"])
-@pytest.mark.parametrize(("T", "documents", "carried"), [(1, False, True), (7, True, True), (29, False, True), (21, True, False)])
+@pytest.mark.parametrize(
+    ("T", "documents", "carried"), [(1, False, True), (7, True, True), (29, False, True), (21, True, False)]
+)
 def test_equals_the_reference_in_values_and_all_gradients(gates, T, documents, carried):
     arrays, state = inputs(T, gates=gates)
     rng = np.random.default_rng(3)

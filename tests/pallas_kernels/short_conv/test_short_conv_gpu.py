@@ -12,8 +12,6 @@ from tests.pallas_kernels.short_conv import kernel_checks as checks
 if not compat.MOSAIC_GPU:
     pytest.skip(f"Mosaic GPU needs JAX {compat.MOSAIC_GPU_SINCE}", allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("no_races")
-
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "documents"),
