@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from scalelab.laws import solver
 from scalelab.laws.objective import HUBER
 from scalelab.laws.powersum import GRID, PowerSum
-from scalelab.laws.regression import Regression
+from scalelab.laws.regression import Problem
 from scalelab.laws.solver import minimise
 
 
@@ -122,7 +122,7 @@ def test_a_race_lets_go_of_what_crawls_above_the_best():
     assert race.iterations.sum() <= free.iterations.sum()
 
 
-class Sheared(Regression):
+class Sheared(Problem):
     """Another problem in coordinates phi, theta = shear @ phi: a coefficient far from the centre of its column."""
 
     def __init__(self, base, shear):
