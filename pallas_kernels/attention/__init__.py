@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_groups
 from pallas_kernels.attention import cudnn, reference, splash
 from pallas_kernels.attention.xla import attend, causal, visible
 
@@ -33,8 +34,11 @@ def attention(
     FLOPs: 2 H d T (T + 1) forward, 5 / 2 of that backward (score products again, and four gradients); the plain form
     runs the full square, 4 H d T K, and its backward pass keeps the weights, B H T K numbers of q's dtype. cuDNN and
     splash keep O(B H T); masks of documents and prefixes cost cuDNN a B T K table of q's dtype.
+    Raises `ValueError` for key-value heads whose number does not divide that of the query heads, and for `kernels` of
+    no form; `dispatch.Unsupported`, which is one too, where the form that `kernels` names does not take the arguments.
     Source: Vaswani et al. 2017; Ainslie et al. 2023 (arXiv 2305.13245); Dao et al. 2022 (arXiv 2205.14135).
     """
+    check_groups(k.shape[2], q.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     forms = {
         "cudnn": lambda: cudnn.refusal(q, k, cap),

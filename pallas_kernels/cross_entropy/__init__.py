@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk
 from pallas_kernels.cross_entropy import reference, xla
 
 
@@ -29,7 +30,11 @@ def cross_entropy(
     FLOPs: 2 N D V forward, 6 N D V backward (2 of them recomputation).
     Sharding: a chunk holds every n-th row, so where N is a batch times a sequence with the batch sharded, each
     device works on its own rows in every chunk, and x stays where it is.
+    Raises `ValueError` for a chunk below 1, and for `kernels` of no form.
+    Source: rows in chunks, Hsu et al. 2024 (arXiv 2410.10989); logits computed again, Wijmans et al. 2024 (arXiv
+    2411.09009); the cap, Gemma Team 2024 (arXiv 2408.00118).
     """
+    check_chunk(chunk)
     if dispatch.choose("cross_entropy", kernels, {}, plain_is_fast=True) == "reference":
         return reference.cross_entropy(x, w, labels, cap)
     return xla.cross_entropy(x, w, labels, float(cap), int(chunk))

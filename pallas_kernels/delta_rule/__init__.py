@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk, check_groups
 from pallas_kernels.delta_rule import reference, xla
 
 
@@ -38,8 +39,12 @@ def delta_rule(
     Memory between the passes, plain: T Q (2 G + 4 H) numbers a row, 3 copies of k and v, and T / Q states; by the
     kernels the inputs and, a head, T (3 dk + dv + Q) numbers and T / Q states in v's dtype, T Q + T / Q dk in float32.
     They pad widths to multiples of 64 on Hopper, of 16 on TPUs.
+    Raises `ValueError` for a chunk below 1, a G that does not divide H, and `kernels` of no form;
+    `dispatch.Unsupported`, which is one too, where the form that `kernels` names does not take the arguments.
     Source: Yang et al. 2024 (arXiv 2406.06484; gated: 2412.06464).
     """
+    check_chunk(chunk)
+    check_groups(k.shape[2], v.shape[2])
     chosen = dispatch.choose("delta_rule", kernels, dispatch.refusals("delta_rule", q, v))
     if chosen in dispatch.MODULES:
         return dispatch.form("delta_rule", chosen).delta_rule(q, k, v, beta, log_decay, state, reset, kernels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk, check_groups
 from pallas_kernels.gated_recurrence import reference, xla
 
 
@@ -34,8 +35,12 @@ def gated_recurrence(
     scores and decays of all chunks, T Q (G + H) numbers a row, and T / Q states; by the kernels, where Q is 64 on
     Hopper and 128 on TPUs: T / Q states and, where groups are fewer than heads, the gradients of q and k head by head.
     The kernels pad widths to multiples of 64 on Hopper, of 128 on TPUs.
+    Raises `ValueError` for a chunk below 1, a G that does not divide H, and `kernels` of no form;
+    `dispatch.Unsupported`, which is one too, where the form that `kernels` names does not take the arguments.
     Source: Dao & Gu 2024 (arXiv 2405.21060); Yang et al. 2023 (arXiv 2312.06635).
     """
+    check_chunk(chunk)
+    check_groups(k.shape[2], v.shape[2])
     chosen = dispatch.choose("gated_recurrence", kernels, dispatch.refusals("gated_recurrence", q, v))
     if chosen in dispatch.MODULES:  # these have the weight among the decays, and never write weighted values
         return dispatch.form("gated_recurrence", chosen).gated_recurrence(q, k, v, log_decay, state, reset, weight)

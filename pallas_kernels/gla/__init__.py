@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk
 from pallas_kernels.gla import reference, xla
 
 
@@ -32,8 +33,11 @@ def gla(
     Memory between the passes, plain: log2(Q) + 3 copies of q and k, T Q log2(Q) scores a head, and T / Q states; by the
     kernels the inputs and, a head, T (2 dk + dv + Q) numbers and T / Q states in v's dtype, T / Q dk in float32. They
     pad widths to multiples of 64 on Hopper, of 16 on TPUs.
+    Raises `ValueError` for a chunk that is no power of two, and `kernels` of no form; `dispatch.Unsupported`, which is
+    one too, where the form that `kernels` names does not take the arguments.
     Source: Yang et al. 2023 (arXiv 2312.06635), whose secondary blocks are here those of every size 1, 2, 4 ... Q / 2.
     """
+    check_chunk(chunk, power_of_two=True)
     chosen = dispatch.choose("gla", kernels, dispatch.refusals("gla", q, v))
     if chosen in dispatch.MODULES:
         return dispatch.form("gla", chosen).gla(q, k, v, log_decay, state, reset)

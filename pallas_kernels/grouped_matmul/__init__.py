@@ -89,6 +89,8 @@ def grouped_matmul(
 
     FLOPs: 2 N t D F, padding included (`padded_rows`); the kernels for GPUs skip tiles of group G. Bytes of the
     weights: D F a tile. The gradient of w is summed over tiles in float32.
+    Raises `ValueError` for `kernels` of no form; `dispatch.Unsupported`, which is one too, where the form that
+    `kernels` names does not take the arguments.
     Source: the tiles are those of block-sparse products (Gale et al. 2022, arXiv 2211.15841), aligned to groups.
     """
     return _form(choose(x, w, kernels)).grouped_matmul(x, w, group)
@@ -103,6 +105,9 @@ def ragged_matmul(
 
     FLOPs: 2 D F a row; on GPUs those of a tile of rows once for each group that it has rows of. Plain JAX moves the
     rows to tiles and back.
+    Raises `ValueError` for `kernels` of no form; `dispatch.Unsupported`, which is one too, where the form that
+    `kernels` names does not take the arguments.
+    Source: as `grouped_matmul`.
     """
     form = choose(x, w, kernels)
     if form != "xla":
@@ -114,7 +119,7 @@ def ragged_matmul(
 
 def choose(x: Array, w: Array, kernels: str = "auto", devices: int = 1) -> str:
     """The implementation that runs for rows like x (..., D) with w (G, D, F), to be named in the calls. `devices`:
-    that many share one program, which the compiler splits."""
+    that many share one program, which the compiler splits. Raises as `dispatch.explain`."""
 
     def refusal(name: str) -> str:
         if devices > 1:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk
 from pallas_kernels.mlstm import reference, xla
 
 
@@ -46,8 +47,11 @@ def mlstm(
     TPUs, and which pad widths to multiples of Q too.
     Memory between the passes, by the kernels: the inputs, h, the states given, and in float32 7 numbers (9 with
     documents) a token, n at every chunk and (T / Q)^2 decays between chunks, a head.
+    Raises `ValueError` for a chunk below 1, and `kernels` of no form; `dispatch.Unsupported`, which is one too, where
+    the form that `kernels` names does not take the arguments.
     Source: Beck et al. 2024 (arXiv 2405.04517), Beck et al. 2025 (arXiv 2503.14376).
     """
+    check_chunk(chunk)
     chosen = dispatch.choose("mlstm", kernels, dispatch.refusals("mlstm", q, v))
     if chosen == "reference":
         h, after = reference.mlstm(q, k, v, i, f, state, reset, eps)

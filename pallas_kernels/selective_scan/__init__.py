@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk
 from pallas_kernels.selective_scan import reference, xla
 
 
@@ -26,9 +27,12 @@ def selective_scan(
 
     All arithmetic is float32. FLOPs: 7 E N a token (dt A, exp, (dt u) B, multiply-add, multiply-add with C) plus E.
     Memory between the passes: the states at the borders of chunks, T / Q of them (Q = `chunk`; in the kernels 32 on
-    GPUs, 128 on TPUs); the backward pass runs each chunk again, the kernel for GPUs twice. Source: Gu & Dao 2023 (arXiv
-    2312.00752).
+    GPUs, 128 on TPUs); the backward pass runs each chunk again, the kernel for GPUs twice.
+    Raises `ValueError` for a chunk below 1, and `kernels` of no form; `dispatch.Unsupported`, which is one too, where
+    the form that `kernels` names does not take the arguments.
+    Source: Gu & Dao 2023 (arXiv 2312.00752).
     """
+    check_chunk(chunk)
     choice = dispatch.choose("selective_scan", kernels, dispatch.refusals("selective_scan", u, A))
     if choice == "reference":
         out, final = reference.selective_scan(u, dt, A, B, C, state, reset)

@@ -39,8 +39,11 @@ def slstm(
 
     Precision: float32, but the kernel for GPUs rounds `recurrent` to bfloat16, and h and the gates' gradients to 16
     bits of mantissa on their way into the products. FLOPs a token: 8 H d^2. Memory between the passes: 8 numbers a
-    unit and token; the kernels for TPUs pad d to a multiple of 128. Source: Beck et al. 2024 (arXiv 2405.04517); state
-    and R on the chip for all tokens: Poeppel et al. 2024 (arXiv 2412.07752).
+    unit and token; the kernels for TPUs pad d to a multiple of 128.
+    Raises `ValueError` for `kernels` of no form; `dispatch.Unsupported`, which is one too, where the form that
+    `kernels` names does not take the arguments.
+    Source: Beck et al. 2024 (arXiv 2405.04517); state and R on the chip for all tokens: Poeppel et al. 2024 (arXiv
+    2412.07752).
     """
     choice = dispatch.choose("slstm", kernels, dispatch.refusals("slstm", gates))
     run = {"reference": reference.slstm, "xla": xla.slstm}.get(choice) or dispatch.form("slstm", choice).slstm

@@ -129,9 +129,6 @@ class Sheared(Problem):
         self.base, self.shear, self.rows, self.data = base, shear, base.rows, base.data
         self.lower, self.upper = np.full(len(shear), -np.inf), np.full(len(shear), np.inf)
 
-    def model(self, theta):
-        return self.base.model(theta @ self.shear.T)
-
     def evaluate(self, theta, weights, objective, data=None):
         value, gradient, *matrices = self.base.evaluate(theta @ self.shear.T, weights, objective, data)
         return value, gradient @ self.shear, *(self.shear.T @ m @ self.shear for m in matrices)

@@ -66,6 +66,6 @@ def lowered(kernels, platform, G, H, dk, dv, documents, dtype=jnp.bfloat16):
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(finals)
 
     def text(f):
-        return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+        return common.exported(jax.jit(f), args, platform)
 
     return text(loss), text(jax.grad(loss, argnums=range(4)))

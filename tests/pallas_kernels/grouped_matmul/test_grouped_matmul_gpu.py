@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels import compat, dispatch
 from pallas_kernels import grouped_matmul as gmm
 from pallas_kernels.dispatch import Device
+from tests.pallas_kernels.kernel_checks import exported
 
 needs_interpreter = pytest.mark.skipif(
     not compat.MOSAIC_GPU, reason=f"Mosaic GPU kernels need JAX {compat.MOSAIC_GPU_SINCE}"
@@ -89,8 +90,7 @@ def test_lowering_at_the_shapes_of_training(G, M, D, F):
     run = jax.checkpoint(partial(gmm.ragged_matmul, kernels="mosaic_gpu"))
     grads = jax.grad(lambda x, w, sizes: jnp.sum(jnp.sin(run(x, w, sizes))), argnums=(0, 1))
     shapes = [jax.ShapeDtypeStruct(s, BF16) for s in ((M, D), (G, D, F))]
-    traced = jax.jit(grads).trace(*shapes, jax.ShapeDtypeStruct((G,), jnp.int32))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = exported(jax.jit(grads), (*shapes, jax.ShapeDtypeStruct((G,), jnp.int32)), "cuda")
     assert "grouped_product" in text
     assert "grouped_outer" in text
 

@@ -83,4 +83,4 @@ def lowered_gradients(kernels, platform, dtype=jnp.bfloat16):
 
         return jnp.sum(jax.lax.scan(jax.checkpoint(jax.jit(layer)), v, length=2)[0].astype(jnp.float32))
 
-    return jax.jit(jax.grad(loss, argnums=range(5))).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return common.exported(jax.jit(jax.grad(loss, argnums=range(5))), args, platform)

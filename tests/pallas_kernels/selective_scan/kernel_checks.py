@@ -58,5 +58,4 @@ def lowered_gradients(kernels, platform, dtype, N, documents):
 
         return jnp.sum(jax.lax.scan(jax.checkpoint(jax.jit(layer)), u, length=2)[0].astype(jnp.float32))
 
-    traced = jax.jit(jax.grad(loss, argnums=range(5))).trace(*args, *reset)
-    return traced.lower(lowering_platforms=(platform,)).as_text()
+    return common.exported(jax.jit(jax.grad(loss, argnums=range(5))), (*args, *reset), platform)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.slstm import State, slstm
-from tests.pallas_kernels.kernel_checks import distance, values_and_gradients
+from tests.pallas_kernels.kernel_checks import distance, exported, values_and_gradients
 
 
 def inputs(B, T, H, d, scale=1.0, seed=0):
@@ -74,4 +74,4 @@ def lowered_gradients(kernels, platform, d, documents):
 
         return jnp.sum(jax.lax.scan(jax.checkpoint(jax.jit(layer)), gates, length=2)[0])
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*args, *reset).lower(lowering_platforms=(platform,)).as_text()
+    return exported(jax.jit(jax.grad(loss, argnums=(0, 1))), (*args, *reset), platform)
