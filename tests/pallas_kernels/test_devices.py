@@ -11,6 +11,7 @@ OPERATIONS = """
 import jax, jax.numpy as jnp, numpy as np
 from functools import partial
 from pallas_kernels import delta_rule, dispatch, gated_recurrence, gla, mlstm, selective_scan, slstm
+import pallas_kernels.selective_scan.tpu
 from pallas_kernels.devices import per_device
 from tests.pallas_kernels.delta_rule import kernel_checks as of_delta_rule
 from tests.pallas_kernels.gated_recurrence import kernel_checks as of_gated_recurrence
@@ -19,6 +20,7 @@ from tests.pallas_kernels.mlstm import kernel_checks as of_mlstm
 from tests.pallas_kernels.selective_scan import kernel_checks as of_selective_scan
 from tests.pallas_kernels.short_conv import kernel_checks as of_short_conv
 from tests.pallas_kernels.slstm import kernel_checks as of_slstm
+selective_scan.tpu.TILE = 8  # tokens that are interpreted one by one
 small = dict(T=5, B=8, dk=16, dv=16, dtype=jnp.float32)
 arrays, state, (d_h, d_C, d_n), reset = of_mlstm.inputs(**small)
 cell = (*arrays, state), (d_h, mlstm.State(d_C, d_n, jnp.zeros_like(state.m))), reset
