@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalelab import choices, data, host, records, restore, train
+from scalelab import choices, data, host, records, restore, update
 from scalelab.config import override
 from scalelab.data import HeldOut
 from scalelab.errors import BadInput
@@ -108,7 +108,7 @@ class Scorer:
     def __init__(self, run: restore.Opened):
         self.config, self.tokenizer, self.params = run.spec.config, run.tokenizer, run.params
         self.run, self.positions = run, run.model.positions
-        nll = train.make_nll(self.config, run.model, self.tokenizer.bos)
+        nll = update.make_nll(self.config, run.model, self.tokenizer.bos)
         self.nll = jax.jit(lambda params, rows: nll(params, rows)[0])
 
     def held_out(self, sets: dict[str, str], context: int) -> list[tuple[str, HeldOut, str]]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalelab import config, data, models, recipe, train
+from scalelab import config, data, models, recipe, train, update
 from scalelab.config import base, finish, override
 from scalelab.errors import BadInput
 from tests.helpers import TINY, arguments, environment, scalelab, small_corpus
@@ -22,7 +22,7 @@ def test_the_definitions_train_as_the_plain_forms(family):
     for kernels in ("xla", "reference"):
         shape = recipe.shape(family, 16) | {k: v for k, v in TINY.items() if not k.startswith("model.")}
         conf = finish(base(), {**shape, "model.compute_dtype": "float32", "kernels": kernels})
-        trainer = train.Trainer(conf, corpus := data.open(conf.data))
+        trainer = update.Trainer(conf, corpus := data.open(conf.data))
         _, metrics = trainer.step(trainer.initial_state(), corpus.batches(0)[0], np.float32(1e-2))
         losses[kernels] = float(metrics["loss"]), float(metrics["grad_norm"])
     assert losses["xla"] == pytest.approx(losses["reference"], rel=2e-4)
@@ -37,7 +37,7 @@ def test_a_run_is_the_same_whichever_implementation_runs():
 def test_what_cannot_be_is_one_line(tmp_path):
     conf = finish(base(), {**TINY, "kernels": "cudnn"})
     with pytest.raises(BadInput, match=r"config.kernels = 'cudnn': attention: .*takes bfloat16 and float16"):
-        train.Trainer(conf, data.open(conf.data))
+        update.Trainer(conf, data.open(conf.data))
     with pytest.raises(BadInput, match=r"config.kernels = 'mosaic_tpu': needs a TPU, this is a CPU"):
         train.run(config.RunSpec(finish(base(), {**TINY, "kernels": "mosaic_tpu"}), {}), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
@@ -79,7 +79,7 @@ def test_a_training_step_lowers_for_a_tpu_with_its_kernels(family):
     """Scanned layers, rematerialised, optimizer and all; forward and backward."""
     shape = recipe.shape(family, 256) | RECURRENT[family]
     changes = {"kernels": "mosaic_tpu", "model.layers": 4, "data.seq_len": 256, "model.remat": "full"}
-    trainer = train.Trainer(conf := finish(base(), shape | changes), corpus := data.open(base().data))
+    trainer = update.Trainer(conf := finish(base(), shape | changes), corpus := data.open(base().data))
     rows = corpus.batches(0)[0][: conf.data.batch_size, :257]
     text = trainer.step.trace(trainer.abstract, rows, np.float32(1e-2)).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= (4 if family == "xlstm" else 2)

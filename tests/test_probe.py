@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scalelab import cli, data, model_plots, probe, records, sweep, train
+from scalelab import cli, data, model_plots, probe, records, sweep, train, update
 from scalelab.config import base, builtin_folder, finish, override
 from scalelab.data import probes
 from scalelab.data.stream import labelled, split_rows
@@ -71,7 +71,7 @@ def test_a_model_that_answers_by_hand_is_scored_by_hand():
     tokens, labels = split_rows(held.tokens)
     conf = finish(base(), {**TINY, "data.sources": {"p": {"kind": "probe", "path": "recall,pairs=3,keys=6,values=4"}},
                            "data.seq_len": 12})  # fmt: skip
-    trainer = train.Trainer(conf, data.open(conf.data))
+    trainer = update.Trainer(conf, data.open(conf.data))
     state = trainer.initial_state()
     from scalelab import models, restore
     from scalelab.config import RunSpec
@@ -108,7 +108,7 @@ def test_only_answers_are_trained_on(tmp_path):
     results = {}
     for accum in (1, 4):
         changed = finish(conf, {"train.accum_steps": accum})
-        trainer = train.Trainer(changed, corpus)
+        trainer = update.Trainer(changed, corpus)
         state, metrics = trainer.step(trainer.initial_state(), rows, np.float32(1e-2))
         results[accum] = (float(metrics["loss"]), float(metrics["grad_norm"]), state.params)
     from scalelab import models

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalelab import data, models, sample, train
+from scalelab import data, models, sample, train, update
 from scalelab.checkpoint import load_params
 from scalelab.errors import BadInput
 from tests.helpers import small_corpus, tiny_spec
@@ -26,7 +26,7 @@ def test_greedy_text_is_what_the_full_pass_prefers(run):
     spec, folder = run
     text = "".join(sample.text(folder, "the ", tokens=12, temperature=0.0))
     corpus = data.open(spec.config.data)
-    model = train.resolve(spec.config, corpus)
+    model = update.resolve(spec.config, corpus)
     _, shapes = models.abstract(model)
     assert text.startswith("the ")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

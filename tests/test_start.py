@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from scalelab import config, data, exchange, flops, models, records, start, sweep, train
+from scalelab import config, data, exchange, flops, models, records, start, sweep, train, update
 from scalelab.errors import BadInput
 from tests.helpers import assert_same_run, environment, final_params, scalelab, small_corpus, tiny_config, tiny_spec
 
@@ -37,7 +37,7 @@ def test_recycling_trains_the_new_tensors_alone(old, tmp_path):
     before, after = final_params(old), final_params(tmp_path / spec.id)
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
-    fresh = jax.jit(lambda key: models.init(train.resolve(spec.config, data.open(spec.config.data)), key))
+    fresh = jax.jit(lambda key: models.init(update.resolve(spec.config, data.open(spec.config.data)), key))
     drawn = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(fresh(jax.random.key(0)))}
     new = after.keys() - before.keys()
     assert {name.split("'")[-2] for name in new} == {"prefix_k", "prefix_v", "inward", "inward_bias", "out", "out_bias"}
@@ -51,9 +51,9 @@ def test_frozen_matrices_cost_no_gradient(old):
     """The count by roles is that of the matrix products in the gradient."""
     spec = recycled(old)
     corpus = data.open(spec.config.data)
-    model, T = train.resolve(spec.config, corpus), spec.config.data.seq_len
+    model, T = update.resolve(spec.config, corpus), spec.config.data.seq_len
     mask = start.trained(spec.config, model)
-    _, nll = (train.make_nll(spec.config, model, corpus.bos, training=training) for training in (False, True))
+    _, nll = (update.make_nll(spec.config, model, corpus.bos, training=training) for training in (False, True))
     shapes = models.abstract(model)[1]
     rows = jax.ShapeDtypeStruct((2, T + 1), np.int32)
 
@@ -102,7 +102,7 @@ def test_a_recycled_run_resumes(old, tmp_path):
 def test_an_imported_model_goes_on(old, corpus, tmp_path):
     """Training goes on where the weights left off: the first loss is that of the old model."""
     plain = tiny_config(corpus)
-    model = train.resolve(plain, data.open(plain.data))
+    model = update.resolve(plain, data.open(plain.data))
     exchange.save(model, start.load(str(old)), tmp_path / "mine")
     spec = sweep.plan(tiny_config(corpus, start__path=str(tmp_path / "mine"), train__steps=4)).spec
     record = train.run(spec, tmp_path / "runs")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalelab import data, models, records, sharding, train
+from scalelab import data, models, records, sharding, train, update
 from scalelab.errors import BadInput
 from tests.helpers import assert_same_run, final_params, small_corpus, tiny_config, tiny_spec
 
@@ -46,7 +46,7 @@ def test_a_run_learns_and_its_record_is_whole(reference, corpus):
     assert record.loss_se > 0
     assert record.tokens == 40 * 4 * 16
     assert record.flops_6n == 6 * record.params * record.tokens
-    assert record.params == sum(x.size for x in jax.tree.leaves(models.init(train.resolve(tiny_config(corpus),
+    assert record.params == sum(x.size for x in jax.tree.leaves(models.init(update.resolve(tiny_config(corpus),
                                 data.open(tiny_config(corpus).data)), jax.random.key(0))))  # fmt: skip
     lines = records.read_metrics(root / record.id)
     assert [line["step"] for line in lines] == list(range(1, 41))
@@ -170,7 +170,7 @@ def test_a_loss_above_the_limit_is_divergence_too(corpus, tmp_path):
 def trainer_and_rows(corpus, **changes):
     conf = tiny_config(corpus, **changes)
     opened = data.open(conf.data)
-    trainer = train.Trainer(conf, opened)
+    trainer = update.Trainer(conf, opened)
     return trainer, sharding.put_rows(next(opened.stream(0, 0)), trainer.mesh)
 
 
@@ -276,7 +276,7 @@ def test_decay_moves_a_matrix_by_eta_lambda_and_vectors_not_at_all(corpus):
     moved = []
     for decay in (0.0, 0.5):
         conf = tiny_config(corpus, optim__weight_decay=decay, optim__decay_exponent=0.5, **wide)
-        trainer = train.Trainer(conf, data.open(conf.data))
+        trainer = update.Trainer(conf, data.open(conf.data))
         state = trainer.initial_state()
         start = jax.device_get(state.params)
         rows = sharding.put_rows(np.ones((4, 17), np.int32), trainer.mesh)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from scalelab import data, train
+from scalelab import data, update
 from scalelab.config import base, finish
 from tests.helpers import TINY
 
@@ -14,7 +14,7 @@ def test_a_step_is_the_same_written_out_or_in_a_loop(layers):
     results = []
     for unroll in (1, 2, 0):
         conf = finish(base(), {**TINY, "model.layers": layers, "unroll": unroll or 10**6})
-        trainer = train.Trainer(conf, corpus := data.open(conf.data))
+        trainer = update.Trainer(conf, corpus := data.open(conf.data))
         state, metrics = trainer.step(trainer.initial_state(), corpus.batches(0)[0], np.float32(1e-2))
         results.append((float(metrics["loss"]), state.params))
     for loss, params in results[1:]:

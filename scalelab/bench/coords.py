@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from scalelab import config, data, model_plots, models, recipe, sharding, train
+from scalelab import config, data, model_plots, models, recipe, sharding, update
 from scalelab.errors import BadInput
 from scalelab.parametrization import PARAMETRIZATIONS, Tensor
 from scalelab.schema import Config, at_least, choice
@@ -69,7 +69,7 @@ def shape(family: str, kind: str, width: int, layers: int, base: tuple[int, int]
 def sizes(conf: Config, steps: int, seeds: int = 1) -> Iterator[dict[str, Any]]:
     """Of each seed, after 0, 1, ... steps, for every place: {"seed", "step", "place", "size", "change"}."""
     corpus = data.open(conf.data)
-    trainer = train.Trainer(conf, corpus)
+    trainer = update.Trainer(conf, corpus)
     graphdef, _ = models.abstract(trainer.model)
 
     @jax.jit

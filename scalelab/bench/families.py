@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from scalelab import config, data, flops, recipe, sharding, train
+from scalelab import config, data, flops, recipe, sharding, update
 
 ROWS, SEQ_LEN, STEPS = 8, 128, 2  # of a batch, of a row, of a turn
 BASELINE = "transformer"
@@ -36,7 +36,7 @@ class Turns:
              "data.batch_size": ROWS, "data.held_out_tokens": 4096},
         )  # fmt: skip
         corpus = data.open(conf.data)
-        trainer = train.Trainer(conf, corpus)
+        trainer = update.Trainer(conf, corpus)
         self.family, self.model = family, trainer.model
         self.step: Any = trainer.step
         self.state = trainer.initial_state()

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from scalelab import config, data, sharding, train
+from scalelab import config, data, sharding, train, update
 from scalelab.checkpoint import Checkpoints
 from scalelab.errors import BadInput
 from scalelab.track import MetricsFile
@@ -39,7 +39,7 @@ def main(pairs: int = 300) -> int:
          "checkpoint.final": "nothing", "data.held_out_tokens": 4096},
     )  # fmt: skip
     corpus = data.open(conf.data)
-    trainer = train.Trainer(conf, corpus)
+    trainer = update.Trainer(conf, corpus)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         clock = Clock(corpus, trainer, bar.add_task("pairs", total=pairs), bar)
         with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,7 @@ def main(pairs: int = 300) -> int:
 class Clock:
     """Stands in for the corpus: between two segments of the loop its stream lets the bare step run."""
 
-    def __init__(self, corpus: data.Corpus, trainer: train.Trainer, task: Any, bar: Progress):
+    def __init__(self, corpus: data.Corpus, trainer: update.Trainer, task: Any, bar: Progress):
         self.corpus, self.task, self.bar = corpus, task, bar
         self.bare: list[float] = []  # seconds per step of each segment
         self.loop: list[float] = []
@@ -98,7 +98,7 @@ class Clock:
         self.bare.append((time.perf_counter() - began) / LENGTH)
 
 
-def run_loop(conf: Any, corpus: Any, trainer: train.Trainer, folder: pathlib.Path) -> None:
+def run_loop(conf: Any, corpus: Any, trainer: update.Trainer, folder: pathlib.Path) -> None:
     attempt = train.Attempt(config.RunSpec(conf, corpus.content), folder, corpus, trainer)
     attempt.checkpoints = Checkpoints(folder / "checkpoints")
     attempt.metrics = MetricsFile(folder, [])

@@ -30,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from pallas_kernels import dispatch
-from scalelab import config, flops, recipe, sharding, train
+from scalelab import config, flops, recipe, sharding, update
 from scalelab.bench import profile
 from scalelab.errors import BadInput
 from scalelab.schema import choice
@@ -92,11 +92,11 @@ def settings(family: str, params: float, rows: int, seq_len: int) -> Any:
 
 def prepared(
     family: str, kernels: str, params: float, rows: int, seq_len: int, packed: bool, dtype: str = "bfloat16"
-) -> tuple[train.Trainer, Any]:
+) -> tuple[update.Trainer, Any]:
     """(trainer, a batch)."""
     changes = {"kernels": kernels, "data.document_mask": packed, "model.compute_dtype": dtype}
     conf = config.override(settings(family, params, rows, seq_len), changes).lock()
-    trainer = train.Trainer(conf, Tokens())  # pyright: ignore[reportArgumentType]
+    trainer = update.Trainer(conf, Tokens())  # pyright: ignore[reportArgumentType]
     data = np.random.default_rng(0).integers(1, VOCABULARY, size=(rows, seq_len + 1), dtype=np.int32)
     return trainer, sharding.put_rows(data, trainer.mesh)
 

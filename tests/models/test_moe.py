@@ -14,7 +14,7 @@ import pytest
 from family import section
 
 from pallas_kernels import compat, dispatch
-from scalelab import data, models, records, sharding, train
+from scalelab import data, models, records, sharding, train, update
 from scalelab.errors import BadInput
 from scalelab.models.moe import MoE, within_capacity
 from scalelab.models.registry import resolve
@@ -263,7 +263,7 @@ def corpus(tmp_path_factory):
 def one_step(corpus, rate=1e-3, **changes):
     conf = tiny_config(corpus, **changes)
     opened = data.open(conf.data)
-    trainer = train.Trainer(conf, opened)
+    trainer = update.Trainer(conf, opened)
     rows = sharding.put_rows(next(opened.stream(0, 0)), trainer.mesh)
     with jax.default_matmul_precision("highest"):
         return trainer, *trainer.step(trainer.initial_state(), rows, rate)
@@ -338,7 +338,7 @@ PROGRAM = """
 import re, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from scalelab import models, train
+from scalelab import models, update
 from scalelab.config import base, override
 
 assert jax.device_count() == 8
@@ -352,12 +352,12 @@ def step(scope, parts, shards):
         "model.compute_dtype": "float32", "model.attention.head_dim": 4, "model.blocks": (("attention", "moe"),),
         "model.moe.experts": 4, "model.moe.hidden": 8, "model.moe.lbl": 3.0, "model.moe.lbl_scope": scope,
         "model.moe.bias_rate": 0.01, "model.init": "fan_in", "train.accum_steps": parts})
-    nll = train.make_nll(config, config.model, 0, training=True, mesh=mesh if shards > 1 else None)
+    nll = update.make_nll(config, config.model, 0, training=True, mesh=mesh if shards > 1 else None)
     params = jax.jit(lambda key: models.init(config.model, key))(jax.random.key(0))
-    state, batch = train.TrainState(params, optax.identity().init(params), jnp.zeros((), jnp.int32)), rows
+    state, batch = update.TrainState(params, optax.identity().init(params), jnp.zeros((), jnp.int32)), rows
     if shards > 1:
         state, batch = jax.device_put(state, everywhere), jax.device_put(rows, over)
-    run = jax.jit(train.make_step(config, config.model, nll, optax.identity()))
+    run = jax.jit(update.make_step(config, config.model, nll, optax.identity()))
     with jax.default_matmul_precision("highest"):
         program = run.lower(state, batch, np.float32(1)).compile()
     after, metrics = program(state, batch, np.float32(1))  # new parameters: old ones less the gradient

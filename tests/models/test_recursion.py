@@ -12,7 +12,7 @@ from family import FAMILY, V, section
 from flax import nnx
 
 from scalelab import config as configs
-from scalelab import data, flops, models, records, sharding, train
+from scalelab import data, flops, models, records, sharding, train, update
 from scalelab.config import base, override
 from scalelab.errors import BadInput
 from scalelab.models import recursion
@@ -326,7 +326,7 @@ def corpus(tmp_path_factory):
 def one_step(corpus, **changes):
     conf = tiny_config(corpus, **changes)
     opened = data.open(conf.data)
-    trainer = train.Trainer(conf, opened)
+    trainer = update.Trainer(conf, opened)
     rows = sharding.put_rows(next(opened.stream(0, 0)), trainer.mesh)
     with jax.default_matmul_precision("highest"):
         return trainer, rows, *trainer.step(trainer.initial_state(), rows, np.float32(1e-3))
@@ -352,7 +352,7 @@ def test_accumulation_changes_rounding_only(corpus, experts):
 
 def test_what_is_logged_of_a_step_is_what_was_selected(corpus):
     trainer, rows, _, metrics = one_step(corpus, **SMALL)
-    nll = train.make_nll(trainer.config, trainer.model, trainer.config.model.vocab_size or 256, training=True)
+    nll = update.make_nll(trainer.config, trainer.model, trainer.config.model.vocab_size or 256, training=True)
     counters = nll(trainer.initial_state().params, rows)[2]["recursion"]
     routing = {name: float(value) for name, value in metrics["routing"].items()}
     assert set(routing) == {"selected_1", "selected_2", "selected_3"} | {
