@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, dispatch
-from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels.grouped_matmul import places, reference, tpu, xla
 
 KERNELS = ("mosaic_gpu", "mosaic_tpu")
 KERNEL_TILE = 128  # the height of tiles that they take
@@ -70,22 +70,36 @@ def layout(group: Int[Array, " M"], groups: int, tile: int = 0) -> Layout:
     return Layout(source.reshape(N, tile), place, jnp.sum(ends <= jnp.arange(N)[:, None], axis=1, dtype=jnp.int32))
 
 
-def spread(x: Float[Array, "n D"], plan: Layout) -> Float[Array, "N t D"]:
-    """Rows to their places: of the layout's M = n k rows, number i is a copy of x[i // k]. Both directions, values
-    and gradients, are gathers."""
-    return xla.spread(x, plan.source, plan.place)
+def spread(x: Float[Array, "n D"], plan: Layout, form: str = "xla") -> Float[Array, "N t D"]:
+    """Rows to their places: of the layout's M = n k rows, number i is a copy of x[i // k]; what is left over of the
+    tiles is zero. Both directions, values and gradients, are gathers. `form`: what `choose` says."""
+    return places.spread(_gather(form, x), x, plan.source, plan.place)
 
 
-def collect(y: Float[Array, "N t D"], plan: Layout) -> Float[Array, "M D"]:
-    """Rows from their places; what went nowhere comes back as zero."""
-    return xla.collect(y, plan.source, plan.place)
+def spread_numbers(w: Float[Array, " M"], plan: Layout) -> Float[Array, "N t"]:
+    """A number of each row to the row's place; zero where there is no row."""
+    return places.spread_numbers(w, plan.source, plan.place)
+
+
+def collect(y: Float[Array, "N t D"], plan: Layout, copies: int = 1, form: str = "xla") -> Float[Array, "n D"]:
+    """Rows from their places, the sum of every `copies` that follow one another, in float32; what went nowhere counts
+    zero."""
+    return places.collect(_gather(form, y), y, plan.source, plan.place, copies)
+
+
+def _gather(form: str, x: Array) -> places.Gather:
+    if form == "mosaic_gpu" and x.dtype == jnp.bfloat16:
+        from pallas_kernels.grouped_matmul import gpu_rows  # brings Mosaic GPU
+
+        return gpu_rows.gather
+    return xla.gather
 
 
 def grouped_matmul(
     x: Float[Array, "N t D"], w: Float[Array, "G D F"], group: Int[Array, " N"], *, kernels: str = "auto"
 ) -> Float[Array, "N t F"]:
     """y_n = x_n w[group_n], in x's dtype, accumulated in float32; differentiable in x and w. Tiles as `layout` makes
-    them: in the order of their groups, and zero if of group G.
+    them: in the order of their groups. Tiles of group G must be zero.
 
     FLOPs: 2 N t D F, padding included (`padded_rows`); the kernels for GPUs skip tiles of group G. Bytes of the
     weights: D F a tile. The gradient of w is summed over tiles in float32.
@@ -114,7 +128,7 @@ def ragged_matmul(
         return _form(form).ragged_matmul(x, w, sizes)
     group = jnp.sum(jnp.arange(x.shape[0])[:, None] >= jnp.cumsum(sizes), axis=1)
     plan = layout(group, w.shape[0])
-    return collect(xla.grouped_matmul(spread(x, plan), w, plan.group), plan)
+    return collect(xla.grouped_matmul(spread(x, plan), w, plan.group), plan).astype(x.dtype)
 
 
 def choose(x: Array, w: Array, kernels: str = "auto", devices: int = 1) -> str:

@@ -56,7 +56,7 @@ def test_bfloat16_and_many_at_a_time():
 
     def tiled(x, w, group):
         plan = gmm.layout(group, 3, 4)
-        return gmm.collect(gmm.grouped_matmul(gmm.spread(x, plan), w, plan.group), plan)
+        return gmm.collect(gmm.grouped_matmul(gmm.spread(x, plan), w, plan.group), plan).astype(x.dtype)
 
     want = jnp.stack([rows_matmul(x[i], w, group[i]) for i in range(2)])
     both = jax.vmap(tiled, in_axes=(0, None, 0))

@@ -95,6 +95,31 @@ def test_lowering_at_the_shapes_of_training(G, M, D, F):
     assert "grouped_outer" in text
 
 
+@needs_interpreter
+@pytest.mark.parametrize(("n", "D"), [(40, 16), (7, 832), (3, 4096)])
+def test_rows_are_copied(n, D):
+    """Some of them twice, and zeros for those beyond the end; in numbers that no block of rows divides; in a
+    population, whose members share rows or indices."""
+    from pallas_kernels.grouped_matmul import gpu_rows
+
+    x, index = inputs(2, n, D), jnp.asarray(np.random.default_rng(0).integers(0, n + 2, (2, 11, 3)), jnp.int32)
+    assert (index >= n).any()
+    for axes in ((0, 0), (0, None), (None, 0)):
+        args = [a if axis == 0 else a[0] for a, axis in zip((x, index), axes, strict=True)]
+        with dispatch.interpreted():
+            got = jax.vmap(gpu_rows.gather, in_axes=axes)(*args)
+        want = jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode="fill", fill_value=0), in_axes=axes)(*args)
+        np.testing.assert_array_equal(got, want)
+
+
+@needs_interpreter
+def test_copies_of_rows_lower_at_the_shapes_of_training():
+    from pallas_kernels.grouped_matmul import gpu_rows
+
+    shapes = jax.ShapeDtypeStruct((16384, 832), BF16), jax.ShapeDtypeStruct((1087, 128), jnp.int32)
+    assert "gather_rows" in exported(jax.jit(gpu_rows.gather), shapes, "cuda")
+
+
 # ------------------------------------------------------------------------------------ the choice
 
 
