@@ -32,7 +32,7 @@ DEPTH = 64  # of a step
 CHUNK = 64  # columns stored at a time
 SMS = 132  # of an H100; where there is none
 PRODUCER = 2  # the warpgroup that copies
-SLOTS = {256: 4, 192: 4, 128: 6, 64: 6}  # of the ring: what shared memory holds, by the width of an output tile
+SLOTS = {64: 6, 128: 6, 192: 4, 256: 4}  # of the ring: what shared memory holds, by the width of an output tile
 
 
 def refusal(x: Array, w: Array) -> str:
@@ -122,7 +122,7 @@ def _one_batch(P, are, x, start, end):
 
 def width_of(columns: int) -> int:
     """Columns of an output tile: the width whose tiles take least time, where to fetch a tile's rows costs as much as
-    32 more columns."""
+    32 more columns; of equal ones the narrower."""
     return min(SLOTS, key=lambda n: -(-columns // n) * (n + 32))
 
 
@@ -187,20 +187,21 @@ def outer(x, dy, start, end, *, aligned=False):
     (_, D), F, G = x.shape, dy.shape[1], start.size
     width = width_of(F)
     high, wide = -(-D // ROWS), -(-F // width)
+    largest_first = jnp.argsort(start - end).astype(I32)  # so that no block ends with a large one while others wait
 
-    def split(tile):
+    def split(refs, tile):
         g, rest = lax.div(tile, I32(high * wide)), lax.rem(tile, I32(high * wide))
-        return g, lax.rem(rest, I32(high)), lax.div(rest, I32(high))
+        return refs[4][g], lax.rem(rest, I32(high)), lax.div(rest, I32(high))
 
     def steps_of(refs, tile, body, carry):
-        g = split(tile)[0]
+        g = split(refs, tile)[0]
         start, end = refs[0][g], refs[1][g]
         first = lax.div(start, I32(DEPTH))
         behind = jnp.where(start < end, lax.div(end + DEPTH - 1, I32(DEPTH)), first)
         return lax.fori_loop(first, behind, lambda k, c: body((k, start - k * DEPTH, end - k * DEPTH), c), carry)
 
     def copy(refs, tile, step, a, b, barrier):
-        (_, d, f), k = split(tile), step[0]
+        (_, d, f), k = split(refs, tile), step[0]
         rows = pl.ds(k * DEPTH, DEPTH)
         plgpu.copy_gmem_to_smem(refs[2].at[rows, pl.ds(d * ROWS, ROWS)], a, barrier)
         plgpu.copy_gmem_to_smem(refs[3].at[rows, pl.ds(f * width, width)], b, barrier)
@@ -213,13 +214,15 @@ def outer(x, dy, start, end, *, aligned=False):
         plgpu.wgmma(acc, mine.transpose((1, 0)), b)
 
     def target(refs, tile):
-        g, d, f = split(tile)
-        return refs[4].at[g, pl.ds(d * ROWS, ROWS), pl.ds(f * width, width)]
+        g, d, f = split(refs, tile)
+        return refs[5].at[g, pl.ds(d * ROWS, ROWS), pl.ds(f * width, width)]
 
     shapes = (DEPTH, ROWS), (DEPTH, width)
     out = jax.ShapeDtypeStruct((G, D, F), x.dtype)
     parts = (steps_of, copy, multiply, target)
-    return call("grouped_outer", out, shapes, G * high * wide, parts, width, swizzle(D, F))(start, end, x, dy)
+    return call("grouped_outer", out, shapes, G * high * wide, parts, width, swizzle(D, F))(
+        start, end, x, dy, largest_first
+    )
 
 
 def keep(rows: Any, lo: Array, hi: Array) -> None:
