@@ -129,7 +129,7 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
             delta_case(B, T, 4, 32, D),
             scan_case(B, T, 128, 16, D),
             convolution_case(B, T, 128, 4, D),
-            norm_case(B, T, 2, 64, D),
+            norm_case(B, T, 16, 8, D),
             slstm_case(B, T, 4, 64),
             entropy_case(512, 64, 2048, D),
             tiles_case(4, 512, 64, 96, D),
