@@ -33,7 +33,11 @@ def linears(x: Float[Array, "*b n"], w: Float[Array, "n m"], *widths: int) -> li
     """x w in parts of so many columns, a product each: cutting one result up would have the backward pass write its
     gradient together again, and read it, which for wide parts costs as much as the product."""
     assert sum(widths) == w.shape[1]
-    return [linear(x, part) for part in jnp.split(w, np.cumsum(widths[:-1]), axis=1)]
+    parts = []
+    for part in jnp.split(w, np.cumsum(widths[:-1]), axis=1):
+        parts.append(linear(x, part))
+        x = jax.lax.optimization_barrier(x)  # else XLA joins the products again
+    return parts
 
 
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*b D"]:
