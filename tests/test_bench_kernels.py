@@ -24,8 +24,8 @@ def test_the_list_of_a_familys_training_step(capsys, monkeypatch):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:] if line[:1].strip()]
     assert [row[:3] for row in rows] == [
         [family, op, "xla"]
-        for family, mixer in (("mamba2", "gated_recurrence"), ("deltanet", "delta_rule"))
-        for op in ("short_conv", mixer, "cross_entropy")
+        for family, own in (("mamba2", ("gated_recurrence", "gated_norm")), ("deltanet", ("delta_rule",)))
+        for op in ("short_conv", *own, "cross_entropy")
     ]
     assert "needs compute capability 9.0 (Hopper), NVIDIA A100 has 8.0" in " ".join(rows[1])
     assert cli.main([*command, "--dtype=float16"]) == 2

@@ -19,6 +19,7 @@ import numpy as np
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import cross_entropy
 from pallas_kernels.delta_rule import delta_rule
+from pallas_kernels.gated_norm import gated_norm
 from pallas_kernels.gated_recurrence import gated_recurrence
 from pallas_kernels.gla import gla
 from pallas_kernels.grouped_matmul import KERNEL_TILE, grouped_matmul, ragged_matmul
@@ -128,6 +129,7 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
             delta_case(B, T, 4, 32, D),
             scan_case(B, T, 128, 16, D),
             convolution_case(B, T, 128, 4, D),
+            norm_case(B, T, 16, 8, D),
             slstm_case(B, T, 4, 64),
             entropy_case(512, 64, 2048, D),
             tiles_case(4, 512, 64, 96, D),
@@ -144,6 +146,8 @@ def all_cases(platform: str, dtype: str = "bfloat16") -> list[Case]:
         delta_case(8, 4096, 16, 128, D),
         scan_case(4, 4096, 2048, 16, D),
         convolution_case(8, 2048, 1792, 4, D),
+        norm_case(8, 2048, 28, 64, D),
+        norm_case(8, 2048, 56, 64, D),
         slstm_case(16, 2048, 4, 128),
         entropy_case(16384, 1024, 32768, D),
         entropy_case(16384, 2048, 131072, D),
@@ -240,6 +244,17 @@ def convolution_case(B: int, T: int, E: int, K: int, dtype: Any) -> Case:
     return Case(
         "short_conv", f"B{B} T{T} E{E} K{K}", B, inputs,
         lambda kernels: partial(short_conv, kernels=kernels), 2.0 * B * T * E * K,
+    )  # fmt: skip
+
+
+def norm_case(B: int, T: int, H: int, P: int, dtype: Any) -> Case:
+    def inputs(rows: int) -> list[Input]:
+        weights = [Input((H,), dtype, normal(0.1, 1.0)), Input((H * P,), F32, normal(0.1, 1.0))]
+        return [*[Input((rows, T, H * P), dtype, normal())] * 3, *weights]
+
+    return Case(
+        "gated_norm", f"B{B} T{T} E{H * P}", B, inputs,
+        lambda kernels: partial(gated_norm, eps=1e-5, kernels=kernels), 12.0 * B * T * H * P,
     )  # fmt: skip
 
 

@@ -33,23 +33,11 @@ def linears(x: Float[Array, "*b n"], w: Float[Array, "n m"], *widths: int) -> li
     """x w in parts of so many columns, a product each: cutting one result up would have the backward pass write its
     gradient together again, and read it, which for wide parts costs as much as the product."""
     assert sum(widths) == w.shape[1]
-    return [_apart(x, part) for part in jnp.split(w, np.cumsum(widths[:-1]), axis=1)]
-
-
-@jax.custom_vjp
-def _apart(x: Float[Array, "*b n"], w: Float[Array, "n m"]) -> Float[Array, "*b m"]:
-    """`linear`, whose weights' gradient XLA does not join with others from the same x: on an H100 the joint product
-    takes a third longer than its parts, which it can each split along the tokens."""
-    return linear(x, w)
-
-
-def _apart_backward(kept: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
-    x, w = kept
-    rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
-    return linear(d, w.T), rows.T @ d.reshape(-1, d.shape[-1])
-
-
-_apart.defvjp(lambda x, w: (linear(x, w), (x, w)), _apart_backward)
+    parts = []
+    for part in jnp.split(w, np.cumsum(widths[:-1]), axis=1):
+        parts.append(linear(x, part))
+        x = jax.lax.optimization_barrier(x)  # else XLA joins the products again
+    return parts
 
 
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*b D"]:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import gated_recurrence, selective_scan
+from pallas_kernels import gated_norm, gated_recurrence, selective_scan
 from scalelab.errors import BadInput
 from scalelab.models.layers import linear, linears, pointwise
 from scalelab.models.part import Mixer
@@ -269,12 +269,14 @@ class Mamba2(Mixer):
             beginnings(segment_ids, before["segment"] if state is not None else None),
             dt,
         )
-        y = y + self.weight("D")[:, None] * u
+        y = self.per_row(gated_norm.gated_norm, shared=(3, 4), groups=o.groups, eps=EPS)(
+            y.reshape(B, T, E), u.reshape(B, T, E), z, self.weight("D"), self.exact("norm")
+        )
         after = None
         if state is not None:
             last = before["segment"] if segment_ids is None else segment_ids[:, -1]
             after = {"S": S, "conv": past, "conv_segments": past_segments, "segment": last}
-        return self._out(y.reshape(B, T, E), z), after, {}
+        return linear(y, self.weight("out")), after, {}
 
     def init_state(self, batch: int, max_len: int) -> dict[str, Array]:
         o = self.options
@@ -291,18 +293,6 @@ class Mamba2(Mixer):
         """dt and log decay, float32."""
         dt = jax.nn.softplus(linear(x, self.weight("dt")).astype(jnp.float32) + self.exact("dt_bias"))
         return dt, -jnp.exp(self.exact("A_log")) * dt
-
-    def _out(self, y: Array, z: Array) -> Array:
-        groups = self.options.groups
-
-        @pointwise
-        def gated_norm(y: Array, z: Array, gain: Array) -> Array:
-            h = (y * jax.nn.silu(z)).astype(jnp.float32)
-            by_group = h.reshape(*h.shape[:-1], groups, -1)
-            scale = jax.lax.rsqrt(jnp.mean(jnp.square(by_group), axis=-1, keepdims=True) + EPS)
-            return ((by_group * scale).reshape(h.shape) * gain).astype(y.dtype)
-
-        return linear(gated_norm(y, z, self.exact("norm")), self.weight("out"))
 
 
 def dt_bias(z: Array, depth: Depth) -> Array:

@@ -1,5 +1,5 @@
-"""Every form of every recurrence, of the short convolution and of the experts' products, over shapes and inputs that
-hypothesis draws, against the definition in float32: values and all gradients. Cross-entropy has its own.
+"""Every form of every recurrence, of the short convolution, the gated norm and the experts' products, over shapes and
+inputs that hypothesis draws, against the definition in float32: values and all gradients. Cross-entropy has its own.
 
 Hypothesis begins with the first of every choice, so that is the awkward one: more than two chunks and no multiple of
 them, a document that begins in the first and crosses a whole one, heads that share a key, one of them with open gates,
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import compat, dispatch, mlstm, slstm
 from pallas_kernels.delta_rule import delta_rule
+from pallas_kernels.gated_norm import gated_norm
 from pallas_kernels.gated_recurrence import gated_recurrence
 from pallas_kernels.gla import gla
 from pallas_kernels.grouped_matmul import ragged_matmul
@@ -171,6 +172,18 @@ def of_short_conv(d):
     return run, (x, past, d.normal(K, E), d.normal(E))
 
 
+def of_gated_norm(d):
+    groups, heads = d.one(st.sampled_from([2, 1, 3]), "groups"), d.one(down_from(3), "heads of each")
+    E = groups * heads * (128 if d.kernels == "mosaic_gpu" else d.dv)
+    d.shorten(24)
+
+    def run(y, u, z, skip, gain, *, kernels):
+        return (gated_norm(y, u, z, skip, gain, groups=groups, eps=1e-5, kernels=kernels),)
+
+    y, u, z = (d.normal(d.B, d.T, E, dtype=d.dtype, scale=scale) for scale in (1.0, 1.0, 3.0))
+    return run, (y, u, z, d.normal(groups * heads), d.normal(E))
+
+
 def of_slstm(d):
     """R as the kernel for GPUs rounds it. m is a constant to the backward pass."""
     d.shorten(40 if d.kernels == "xla" else 9)
@@ -207,6 +220,7 @@ OPS = {
         of_mlstm,
         of_selective_scan,
         of_short_conv,
+        of_gated_norm,
         of_slstm,
         of_ragged_matmul,
     )
@@ -241,7 +255,7 @@ def test_the_plain_form(op, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op in OPS if op != "short_conv"])  # which has no form for them
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("short_conv", "gated_norm")])  # no form for them
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @settings(KEPT, max_examples=1)
 @given(data=st.data())

@@ -14,6 +14,7 @@ from pallas_kernels import delta_rule, dispatch, gated_recurrence, gla, mlstm, s
 import pallas_kernels.selective_scan.tpu
 from pallas_kernels.devices import per_device
 from tests.pallas_kernels.delta_rule import kernel_checks as of_delta_rule
+from tests.pallas_kernels.gated_norm import kernel_checks as of_gated_norm
 from tests.pallas_kernels.gated_recurrence import kernel_checks as of_gated_recurrence
 from tests.pallas_kernels.gla import kernel_checks as of_gla
 from tests.pallas_kernels.mlstm import kernel_checks as of_mlstm
@@ -34,6 +35,7 @@ cases = [  # an operation of (*arrays, documents), what is not cut, form, (array
     (partial(selective_scan.selective_scan, chunk=2), (2,), "xla", scan),
     (slstm.slstm, (1,), "mosaic_tpu", of_slstm.inputs(8, 3, 1, 8)),
     (of_short_conv.several, (2, 3), "xla", plain),
+    (of_gated_norm.whole, (3, 4), "xla", (*of_gated_norm.inputs(8, 5, 6, 2), None)),
 ]
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 rows, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
