@@ -3,7 +3,8 @@
 No matrix unit helps. The states of a block, (channels, N), are spread over 4 warps, then over 8 x 4 lanes, so that the
 sum over N of the output and the sum over channels of dB and dC are both partly inside a thread. What is left of them
 goes through shared memory: the threads write their parts of a span of tokens, then read them back in another layout
-and add. Shuffles would take three to five instructions for each of these. Tokens arrive in tiles by TMA, two in flight.
+and add: a store and a load of up to four numbers each, where shuffles take two instructions a number and round. Tokens
+arrive in tiles by TMA, two in flight.
 
 The forward pass writes the state before every span. The backward pass takes the spans from the last to the first, each
 once more forward, its states and decays in registers, and then backward. dB and dC are sums over channels: inside a
