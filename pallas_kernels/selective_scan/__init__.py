@@ -26,8 +26,8 @@ def selective_scan(
     counts as zero.
 
     All arithmetic is float32. FLOPs: 7 E N a token (dt A, exp, (dt u) B, multiply-add, multiply-add with C) plus E.
-    Memory between the passes: the states at the borders of chunks, T / Q of them (Q = `chunk`; in the kernels 32 on
-    GPUs, 128 on TPUs); the backward pass runs each chunk again, the kernel for GPUs twice.
+    Memory between the passes: the states at the borders of chunks, T / Q of them (Q = `chunk`; in the kernels 8 on
+    GPUs, 4 with more than 16 states, and 128 on TPUs); the backward pass runs each chunk again.
     Raises `ValueError` for a chunk below 1, and `kernels` of no form; `dispatch.Unsupported`, which is one too, where
     the form that `kernels` names does not take the arguments.
     Source: Gu & Dao 2023 (arXiv 2312.00752).

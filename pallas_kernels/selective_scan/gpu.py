@@ -1,14 +1,14 @@
 """The scan on Hopper, in Mosaic GPU: a warpgroup walks all tokens of `BLOCK` channels of a row, states in registers.
 
 No matrix unit helps. The states of a block, (channels, N), are spread over 4 warps, then over 8 x 4 lanes, so that the
-sum over N of the output and the sum over channels of dB and dC are both partly inside a thread; channels are kept as
-(warp, channel), and sums over them never leave a warp until a tile of tokens is done. Tokens arrive in tiles by TMA,
-two in flight.
+sum over N of the output and the sum over channels of dB and dC are both partly inside a thread. What is left of them
+goes through shared memory: the threads write their parts of a span of tokens, then read them back in another layout
+and add: a store and a load of up to four numbers each, where shuffles take two instructions a number and round. Tokens
+arrive in tiles by TMA, two in flight.
 
-The forward pass writes the state before every tile. The backward pass walks the tiles from the last to the first: it
-runs the tile forward again and keeps the states before every few (`span`) in shared memory, then takes these spans
-from the last to the first, each once more forward, its states and decays in registers, and then backward. dB and dC
-are sums over channels: inside a block here, over the blocks in XLA.
+The forward pass writes the state before every span. The backward pass takes the spans from the last to the first, each
+once more forward, its states and decays in registers, and then backward. dB and dC are sums over channels: inside a
+block here, over the blocks in XLA.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WARPS = 4
 LANES = 4  # lanes of a warp that share a channel
 BLOCK = 64  # channels of a thread block
 WIDTH = BLOCK // WARPS  # of them, a warp's
-TILE = 32  # tokens staged at a time; the state before each tile is kept for the backward pass
+TILE = 32  # tokens staged at a time
 LARGEST_STATE = 32
 
 
@@ -46,28 +46,43 @@ def refusal(u: Array, A: Array) -> str:
 
 def sizes(T: int, E: int, N: int) -> tuple[int, int, int]:
     """As the kernels take them."""
-    return -(-T // TILE) * TILE, -(-E // BLOCK) * BLOCK, max(8, 1 << (N - 1).bit_length())
+    return -(-T // TILE) * TILE, -(-E // BLOCK) * BLOCK, max(4 * LANES, 1 << (N - 1).bit_length())
 
 
 # ----------------------------------------------------------------------------------------------- what both passes share
 
 
 def span(N: int) -> int:
-    """Tokens that are written out one after the other, so that one's loads and sums hide behind another's arithmetic.
-    The backward pass holds their states and decays in registers, of which more states leave fewer."""
+    """Tokens that are written out one after the other, between which the state is kept for the backward pass. It holds
+    their states and decays in registers, of which more states leave fewer."""
     return min(8, 128 // N)
 
 
-def layout(N: int) -> Any:
-    """Of (4 warps, channels, N): `LANES` lanes share a channel, each has some neighbouring states of some neighbouring
-    channels."""
-    channels, states = WIDTH * LANES // 32, N // LANES
-    tiles = ((WARPS, WIDTH, N), (channels, states)) + (((4,),) if states > 4 else ())
-    shift = len(tiles) - 2
+def state_shape(N: int) -> tuple[int, ...]:
+    """Of a block's states: (warps, a thread's channels, lanes, lanes, a thread's states of a channel)."""
+    return WARPS, WIDTH * LANES // 32, 32 // LANES, LANES, N // LANES
+
+
+def tiled(shape: tuple[int, ...], warps: int, lanes: tuple[int, ...], longest: int) -> Any:
+    """A thread has all of the last axis, in pieces of `longest` numbers, and of those that are neither `warps` nor
+    `lanes`."""
+    tiles = (shape,) + (((longest,),) if shape[-1] > longest else ())
+    shift = len(shape) + len(tiles) - 1
     whole = TiledLayout(
-        plgpu.Tiling(tiles), (-5 - shift,), (-4 - shift, -3 - shift), -1, _check_canonical=False
+        plgpu.Tiling(tiles), (warps - shift,), tuple(i - shift for i in lanes), -1, _check_canonical=False
     ).canonicalize()
     return plgpu.Layout.TILED(whole.tiling, whole.warp_dims, whole.lane_dims, whole.vector_dim)
+
+
+def layout(N: int) -> Any:
+    """Of the states. A thread's channels are apart: with `over_channels` their sum is without a zero to start from."""
+    warps, _, *lanes = state_shape(N)
+    return tiled((warps, 1, *lanes), 0, (2, 3), 4)
+
+
+def sums_layout(N: int) -> Any:
+    """Of (tokens, *state_shape without a thread's states): a thread has all that is to be added up."""
+    return tiled((2, *state_shape(N)[:4]), 1, (0, 2, 3), LANES)
 
 
 def over(v: Array, shape: tuple[int, ...], *axes: int) -> Array:
@@ -75,9 +90,23 @@ def over(v: Array, shape: tuple[int, ...], *axes: int) -> Array:
     return lax.broadcast_in_dim(v, shape, axes)
 
 
-def by_warp(a: Array, axis: int) -> Array:
-    """Channels along `axis` become (warps, channels of a warp)."""
-    return a.reshape(*a.shape[:axis], -1, WIDTH, *a.shape[axis + 1 :])
+def split(a: Array, axis: int, N: int) -> Array:
+    """Channels along `axis`, and states behind them, become those of `state_shape`."""
+    _, *channels, lanes, states = state_shape(N)
+    return a.reshape(*a.shape[:axis], -1, *channels, *((lanes, states) if a.ndim == axis + 2 else ()))
+
+
+def readers(N: int) -> tuple[Any, Any, Any]:
+    """What reads states, a number for each channel over their shape, and a number for each state over it."""
+    shape, spread = state_shape(N), layout(N)
+
+    def wide(ref):
+        return over(compat.gpu_load(ref, spread.reduce((3, 4))).astype(F32), shape, 0, 1, 2)
+
+    def tall(ref):
+        return over(compat.gpu_load(ref, spread.reduce((0, 1, 2))), shape, 3, 4)
+
+    return functools.partial(compat.gpu_load, layout=spread), wide, tall
 
 
 def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int]) -> Any:
@@ -98,64 +127,53 @@ def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int]) 
 
 
 def forward(u, dt, A, B, C, start, *forget, keep):
-    """[y, final state, and where `keep` the state before each tile]."""
+    """[y, final state, and where `keep` the state before each span]."""
     (rows, T, E), N = u.shape, A.shape[2]
-    tiles, members, shape = T // TILE, rows // A.shape[0], (WARPS, WIDTH, N)
-    spread, group = layout(N), span(N)
+    tiles, members, group = T // TILE, rows // A.shape[0], span(N)
+    shape, added_up, spans = state_shape(N), sums_layout(N), TILE // group
+    read, wide, tall = readers(N)
 
     def kernel(*refs):
         u_g, dt_g, A_g, B_g, C_g, start_g, *refs = refs
         forget_g, refs = refs[: len(forget)], refs[len(forget) :]
         y_g, final_g, *refs = refs
         states_g, refs = (refs[0], refs[1:]) if keep else (None, refs)
-        u_s, dt_s, B_s, C_s, y_s, h_s, arrived, *forget_s = refs
+        u_s, dt_s, B_s, C_s, by_channel_s, arrived, *forget_s = refs
         row, b = lax.axis_index("row"), lax.axis_index("block")
         mine = pl.ds(b * WARPS, WARPS)
 
         def fetch(i, slot):
             tokens = pl.ds(i * TILE, TILE)
-            pairs = [(u_g.at[row, tokens, mine], u_s), (dt_g.at[row, tokens, mine], dt_s)]
-            pairs += [(B_g.at[row, tokens], B_s), (C_g.at[row, tokens], C_s)]
-            pairs += [(g.at[row, tokens], s) for g, s in zip(forget_g, forget_s, strict=True)]
+            pairs = [(g.at[row, tokens, mine], s) for g, s in ((u_g, u_s), (dt_g, dt_s))]
+            pairs += [(g.at[row, tokens], s) for g, s in zip((B_g, C_g, *forget_g), (B_s, C_s, *forget_s), strict=True)]
             for g, s in pairs:
                 plgpu.copy_gmem_to_smem(g, s.at[slot], arrived.at[slot])
 
-        def read(ref, *axes):
-            return compat.gpu_load(ref, spread.reduce(axes) if axes else spread)
-
         for i in range(min(2, tiles)):
             fetch(i, i)
-        rates = read(A_g.at[row // members, mine])
+        log2_rates = read(A_g.at[row // members, mine])
 
-        def token(slot, t, h):
-            step = read(dt_s.at[slot, t], 2)
-            exponent = over(step, shape, 0, 1) * rates
-            if forget:
-                exponent += forget_s[0][slot, t]
-            added = over(step * read(u_s.at[slot, t], 2).astype(F32), shape, 0, 1)
-            return jnp.exp2(exponent) * h + added * over(read(B_s.at[slot, t], 0, 1), shape, 2)
-
-        def some_tokens(slot, first, h):
-            """The outputs come last: sums over lanes are slow to arrive, and hold back what is written after them."""
-            seen = []
+        def one_span(i, slot, k, h):
+            place = i * spans + k
+            now = lax.rem(place, 2)
+            if states_g is not None:
+                states_g[row, place, mine] = h
             for t in range(group):
-                h = token(slot, first + t, h)
-                seen.append(h * over(read(C_s.at[slot, first + t], 0, 1), shape, 2))
-            for t in range(group):
-                y_s[first + t] = jnp.sum(seen[t], axis=2).astype(u.dtype)
+                token = k * group + t
+                step = wide(dt_s.at[slot, token])
+                exponent = step * log2_rates
+                decay = jnp.exp2(exponent + forget_s[0][slot, token] if forget else exponent)
+                h = decay * h + step * wide(u_s.at[slot, token]) * tall(B_s.at[slot, token])
+                by_channel_s[now, t] = jnp.sum(h * tall(C_s.at[slot, token]), axis=4)
+            plgpu.commit_smem()
+            y = jnp.sum(compat.gpu_load(by_channel_s.at[now], added_up), axis=4)
+            y_g[row, pl.ds(place * group, group), mine] = y.astype(u.dtype)
             return h
 
         def one_tile(i, h):
             slot = lax.rem(i, 2)
             plgpu.barrier_wait(arrived.at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if states_g is not None:
-                h_s[...] = h
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(h_s, states_g.at[row, i, mine])
-            h = lax.fori_loop(0, TILE // group, lambda k, h: some_tokens(slot, k * group, h), h)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_s, y_g.at[row, pl.ds(i * TILE, TILE), mine])
+            h = lax.fori_loop(0, spans, functools.partial(one_span, i, slot), h)
 
             @pl.when(i + 2 < tiles)
             def _():
@@ -163,25 +181,21 @@ def forward(u, dt, A, B, C, start, *forget, keep):
 
             return h
 
-        h = lax.fori_loop(0, tiles, one_tile, read(start_g.at[row, mine]))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        h_s[...] = h
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(h_s, final_g.at[row, mine])
-        plgpu.wait_smem_to_gmem(0)
+        final_g[row, mine] = lax.fori_loop(0, tiles, one_tile, read(start_g.at[row, mine]))
 
-    warps = E // WIDTH
-    out = [((rows, T, warps, WIDTH), u.dtype), ((rows, warps, WIDTH, N), F32)]
-    out += [((rows, tiles, warps, WIDTH, N), F32)] if keep else []
-    scratch = [plgpu.SMEM((2, TILE, WARPS, WIDTH), a.dtype) for a in (u, dt)]
-    scratch += [plgpu.SMEM((2, TILE, N), F32) for _ in "BC"]
-    scratch += [plgpu.SMEM((TILE, WARPS, WIDTH), u.dtype), plgpu.SMEM(shape, F32)]
+    all_states = (E // WIDTH, *shape[1:])
+    out = [((rows, T, *all_states[:3]), u.dtype), ((rows, *all_states), F32)]
+    out += [((rows, T // group, *all_states), F32)] if keep else []
+    scratch = [plgpu.SMEM((2, TILE, *shape[:3]), a.dtype) for a in (u, dt)]
+    scratch += [plgpu.SMEM((2, TILE, *shape[3:]), F32) for _ in "BC"]
+    scratch += [plgpu.SMEM((2, group, *shape[:4]), F32)]
     scratch += [plgpu.Barrier(num_arrivals=4 + len(forget), num_barriers=2)]
     scratch += [plgpu.SMEM((2, TILE), F32) for _ in forget]
     run = launch(kernel, "selective_scan_forward", out, scratch, (rows, E // BLOCK))
-    rates = by_warp(A * math.log2(math.e), 1)
-    y, final, *states = run(*(by_warp(a, 2) for a in (u, dt)), rates, B, C, by_warp(start, 1), *forget)
-    return [y.reshape(u.shape), final.reshape(start.shape), *(s.reshape(rows, tiles, E, N) for s in states)]
+    log2_rates, start = (split(a, 1, N) for a in (A * math.log2(math.e), start))
+    B, C = (a.reshape(rows, T, *shape[3:]) for a in (B, C))
+    y, final, *states = run(split(u, 2, N), split(dt, 2, N), log2_rates, B, C, start, *forget)
+    return [y.reshape(rows, T, E), final.reshape(rows, E, N), *(s.reshape(rows, T // group, E, N) for s in states)]
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
@@ -189,89 +203,78 @@ def forward(u, dt, A, B, C, start, *forget, keep):
 
 def backward(u, dt, A, B, C, states, dy, d_final, *forget):
     (rows, T, E), N = u.shape, A.shape[2]
-    tiles, members, shape = T // TILE, rows // A.shape[0], (WARPS, WIDTH, N)
-    spread, group = layout(N), span(N)
-    spans = TILE // group
+    tiles, members, group = T // TILE, rows // A.shape[0], span(N)
+    shape, added_up, spans = state_shape(N), sums_layout(N), TILE // group
+    read, wide, tall = readers(N)
+    add = functools.partial(functools.reduce, jnp.add)
+    every = plgpu.Layout.WG_STRIDED((2 * group, *shape[3:]), vec_size=2 * group * N // 128)
 
     def kernel(*refs):
         u_g, dt_g, A_g, B_g, C_g, states_g, dy_g, d_final_g, *refs = refs
         forget_g, refs = refs[: len(forget)], refs[len(forget) :]
-        du_g, ddt_g, dA_g, dB_g, dC_g, d_start_g, *refs = refs
-        u_s, dt_s, dy_s, B_s, C_s, h_s, du_s, ddt_s, dB_s, dC_s, kept_s, sums_s, arrived, *forget_s = refs
+        du_g, ddt_g, dA_g, dBC_g, d_start_g, *refs = refs
+        u_s, dt_s, dy_s, B_s, C_s, by_state_s, by_channel_s, arrived, *forget_s = refs
         row, b = lax.axis_index("row"), lax.axis_index("block")
         mine = pl.ds(b * WARPS, WARPS)
 
         def fetch(i, slot):
             tokens = pl.ds(i * TILE, TILE)
             pairs = [(g.at[row, tokens, mine], s) for g, s in ((u_g, u_s), (dt_g, dt_s), (dy_g, dy_s))]
-            pairs += [(B_g.at[row, tokens], B_s), (C_g.at[row, tokens], C_s)]
-            pairs += [(g.at[row, tokens], s) for g, s in zip(forget_g, forget_s, strict=True)]
-            pairs += [(states_g.at[row, i, mine], h_s)]
+            pairs += [(g.at[row, tokens], s) for g, s in zip((B_g, C_g, *forget_g), (B_s, C_s, *forget_s), strict=True)]
             for g, s in pairs:
                 plgpu.copy_gmem_to_smem(g, s.at[slot], arrived.at[slot])
 
-        def read(ref, *axes):
-            return compat.gpu_load(ref, spread.reduce(axes) if axes else spread)
+        def over_channels(x):
+            """Sums over a thread's own, one by one: `jnp.sum` would add a zero."""
+            return add(x[:, c : c + 1] for c in range(shape[1]))
 
         for i in range(min(2, tiles)):
             fetch(tiles - 1 - i, i)
         log2_rates = read(A_g.at[row // members, mine])
 
-        def decay(slot, t):
-            exponent = over(read(dt_s.at[slot, t], 2), shape, 0, 1) * log2_rates
-            return jnp.exp2(exponent + forget_s[0][slot, t] if forget else exponent)
-
-        def added(slot, t):
-            return read(dt_s.at[slot, t], 2) * read(u_s.at[slot, t], 2).astype(F32)
-
-        def token(slot, t, h):
-            a = decay(slot, t)
-            return a, a * h + over(added(slot, t), shape, 0, 1) * over(read(B_s.at[slot, t], 0, 1), shape, 2)
-
-        def keep_spans(slot, k, h):
-            kept_s[k] = h
+        def one_span(place, slot, k, carry):
+            h, g, dA = carry
+            past, decays, steps, added = [h], [], [], []
+            first, here = k * group, place * spans + k
+            before = read(states_g.at[row, jnp.maximum(here - 1, 0), mine])  # on its way while this span is worked on
             for t in range(group):
-                _, h = token(slot, k * group + t, h)
-            return h
-
-        def one_span(slot, k, carry):
-            g, dA = carry
-            h, first, states, decays = read(kept_s.at[k]), k * group, [], []
-            states.append(h)
-            for t in range(group):
-                a, h = token(slot, first + t, h)
-                states.append(h)
+                now = first + t
+                step = wide(dt_s.at[slot, now])
+                exponent = step * log2_rates
+                a = jnp.exp2(exponent + forget_s[0][slot, now] if forget else exponent)
+                steps.append(step)
+                added.append(step * wide(u_s.at[slot, now]))
+                h = a * h + added[t] * tall(B_s.at[slot, now])
+                past.append(h)
                 decays.append(a)
+            plgpu.commit_smem()
             for t in reversed(range(group)):
                 now = first + t
-                step, x = read(dt_s.at[slot, now], 2), read(u_s.at[slot, now], 2).astype(F32)
-                dy = over(read(dy_s.at[slot, now], 2).astype(F32), shape, 0, 1)
-                g += dy * over(read(C_s.at[slot, now], 0, 1), shape, 2)
-                dC_s[:, now] = jnp.sum(dy * states[t + 1], axis=1)
-                dB_s[:, now] = jnp.sum(g * over(step * x, shape, 0, 1), axis=1)
-                d_added = jnp.sum(g * over(read(B_s.at[slot, now], 0, 1), shape, 2), axis=2)
+                dy = wide(dy_s.at[slot, now])
+                g += dy * tall(C_s.at[slot, now])
+                by_state_s[:, :, :, 2 * t] = over_channels(g * added[t])
+                by_state_s[:, :, :, 2 * t + 1] = over_channels(dy * past[t + 1])
+                by_channel_s[0, t] = jnp.sum(g * tall(B_s.at[slot, now]), axis=4)
                 g *= decays[t]
-                d_exponent = g * states[t]
-                dA += d_exponent * over(step, shape, 0, 1)
-                du_s[now] = (d_added * step).astype(u.dtype)
-                ddt_s[now] = d_added * x + jnp.sum(d_exponent * log2_rates, axis=2) * math.log(2)
-            return g, dA
+                d_exponent = g * past[t]
+                dA += d_exponent * steps[t]
+                by_channel_s[1, t] = jnp.sum(d_exponent * log2_rates, axis=4)
+            plgpu.commit_smem()
+            parts = [[by_state_s.at[w, 0, c, pl.ds(0, 2 * group)] for c in range(shape[2])] for w in range(WARPS)]
+            totals = [add(compat.gpu_load(part, every) for part in of_warp) for of_warp in parts]
+            dBC_g[row, b, pl.ds(here * 2 * group, 2 * group)] = add(totals)
+            d_added, d_exponent = (jnp.sum(compat.gpu_load(by_channel_s.at[i], added_up), axis=4) for i in range(2))
+            tokens = pl.ds(first, group)
+            step, x = (compat.gpu_load(s.at[slot, tokens], added_up.reduce((4,))) for s in (dt_s, u_s))
+            du_g[row, pl.ds(here * group, group), mine] = (d_added * step).astype(u.dtype)
+            ddt_g[row, pl.ds(here * group, group), mine] = d_added * x.astype(F32) + d_exponent * math.log(2)
+            return before, g, dA
 
         def one_tile(i, carry):
             slot, place = lax.rem(i, 2), tiles - 1 - i
             plgpu.barrier_wait(arrived.at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            lax.fori_loop(0, spans, functools.partial(keep_spans, slot), read(h_s.at[slot]))
-            carry = lax.fori_loop(0, spans, lambda k, c: one_span(slot, spans - 1 - k, c), carry)
+            carry = lax.fori_loop(0, spans, lambda k, c: one_span(place, slot, spans - 1 - k, c), carry)
             plgpu.commit_smem()
-            for part, total in ((dB_s, 0), (dC_s, 1)):
-                sums_s[total] = sum((compat.gpu_load(part.at[w]) for w in range(1, WARPS)), part[0])
-            plgpu.commit_smem()
-            tokens = pl.ds(place * TILE, TILE)
-            plgpu.copy_smem_to_gmem(du_s, du_g.at[row, tokens, mine])
-            plgpu.copy_smem_to_gmem(ddt_s, ddt_g.at[row, tokens, mine])
-            plgpu.copy_smem_to_gmem(sums_s.at[0], dB_g.at[row, b, tokens])
-            plgpu.copy_smem_to_gmem(sums_s.at[1], dC_g.at[row, b, tokens])
 
             @pl.when(i + 2 < tiles)
             def _():
@@ -279,30 +282,30 @@ def backward(u, dt, A, B, C, states, dy, d_final, *forget):
 
             return carry
 
-        zero = plgpu.layout_cast(jnp.zeros(shape, F32), spread)
-        g, dA = lax.fori_loop(0, tiles, one_tile, (read(d_final_g.at[row, mine]), zero))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for k, (last, g_ref) in enumerate(((g, d_start_g), (dA, dA_g))):
-            kept_s[k] = last
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(kept_s.at[k], g_ref.at[row, mine])
-        plgpu.wait_smem_to_gmem(0)
+        zero = plgpu.layout_cast(jnp.zeros(shape, F32), layout(N))
+        last = read(states_g.at[row, tiles * spans - 1, mine])
+        _, g, dA = lax.fori_loop(0, tiles, one_tile, (last, read(d_final_g.at[row, mine]), zero))
+        d_start_g[row, mine] = g
+        dA_g[row, mine] = dA
 
-    warps, blocks = E // WIDTH, E // BLOCK
-    out = [((rows, T, warps, WIDTH), u.dtype), ((rows, T, warps, WIDTH), F32), ((rows, warps, WIDTH, N), F32)]
-    out += [((rows, blocks, T, N), F32) for _ in "BC"] + [((rows, warps, WIDTH, N), F32)]
-    scratch = [plgpu.SMEM((2, TILE, WARPS, WIDTH), a.dtype) for a in (u, dt, dy)]
-    scratch += [plgpu.SMEM((2, TILE, N), F32) for _ in "BC"] + [plgpu.SMEM((2, *shape), F32)]
-    scratch += [plgpu.SMEM((TILE, WARPS, WIDTH), dtype) for dtype in (u.dtype, F32)]
-    scratch += [plgpu.SMEM((WARPS, TILE, N), F32) for _ in "BC"]
-    scratch += [plgpu.SMEM((max(2, spans), *shape), F32), plgpu.SMEM((2, TILE, N), F32)]
-    scratch += [plgpu.Barrier(num_arrivals=6 + len(forget), num_barriers=2)]
+    blocks, all_states = E // BLOCK, (E // WIDTH, *shape[1:])
+    out = [((rows, T, *all_states[:3]), dtype) for dtype in (u.dtype, F32)] + [((rows, *all_states), F32)]
+    out += [((rows, blocks, 2 * T, *shape[3:]), F32), ((rows, *all_states), F32)]
+    scratch = [plgpu.SMEM((2, TILE, *shape[:3]), a.dtype) for a in (u, dt, dy)]
+    scratch += [plgpu.SMEM((2, TILE, *shape[3:]), F32) for _ in "BC"]
+    # One row more than is used, lest the 8 lanes that write at once meet in a bank.
+    scratch += [plgpu.SMEM((WARPS, 1, shape[2], 2 * group + 1, *shape[3:]), F32)]
+    scratch += [plgpu.SMEM((2, group, *shape[:4]), F32)]
+    scratch += [plgpu.Barrier(num_arrivals=5 + len(forget), num_barriers=2)]
     scratch += [plgpu.SMEM((2, TILE), F32) for _ in forget]
     run = launch(kernel, "selective_scan_backward", out, scratch, (rows, blocks))
-    wide = [by_warp(a, 2) for a in (u, dt, dy)]
-    tall = [by_warp(A * math.log2(math.e), 1), by_warp(states, 2), by_warp(d_final, 1)]
-    du, ddt, dA, dB, dC, d_start = run(*wide[:2], tall[0], B, C, tall[1], wide[2], tall[2], *forget)
-    return [du.reshape(u.shape), ddt.reshape(dt.shape), dA.reshape(rows, E, N), dB, dC, d_start.reshape(rows, E, N)]
+    u, dt, states, dy = (split(a, 2, N) for a in (u, dt, states, dy))
+    log2_rates, d_final = (split(a, 1, N) for a in (A * math.log2(math.e), d_final))
+    B, C = (a.reshape(rows, T, *shape[3:]) for a in (B, C))
+    du, ddt, dA, dBC, d_start = run(u, dt, log2_rates, B, C, states, dy, d_final, *forget)
+    dB, dC = jnp.unstack(dBC.reshape(rows, blocks, T, 2, N), axis=3)
+    du, ddt = (a.reshape(rows, T, E) for a in (du, ddt))
+    return [du, ddt, dA.reshape(rows, E, N), dB, dC, d_start.reshape(rows, E, N)]
 
 
 FORM = scan.Form(forward, backward, sizes)

@@ -20,7 +20,9 @@ class Form(NamedTuple):
     """A device's kernels: u, dt (rows, T, E), A (members, E, N), of so many rows each, B, C (rows, T, N), the state
     (rows, E, N), and where there are documents what a token adds to the exponents of its decays (rows, T)."""
 
-    forward: Callable[..., Any]  # (u, dt, A, B, C, start, *forget, keep) -> [y, final state, states before tiles]
+    forward: Callable[
+        ..., Any
+    ]  # (u, dt, A, B, C, start, *forget, keep) -> [y, final state, states as `backward` wants them]
     # (u, dt, A, B, C, states, dy, d final, *forget) -> [du, d dt, dA for each row, dB and dC for each block of
     # channels, as second axis, d start]
     backward: Callable[..., Any]

@@ -29,7 +29,7 @@ def kernel(*args):
     ("shape", "dtype", "rates", "documents"),
     [
         ((1, 11, 70, 5), jnp.float32, "mild", True),  # a tile and 3 tokens, a block and 6 channels
-        ((1, 8, 3, 32), jnp.float32, "fast", False),  # less than a block; two spans
+        ((1, 11, 3, 32), jnp.float32, "fast", False),  # less than a block; two tiles of two spans
         ((2, 1, 8, 16), jnp.bfloat16, "mild", True),  # one token
         ((1, 4, 8, 8), jnp.float32, "still", True),
     ],
