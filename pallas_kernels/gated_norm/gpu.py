@@ -25,7 +25,7 @@ from pallas_kernels import compat, dispatch
 from pallas_kernels.gated_norm.xla import F32
 from pallas_kernels.population import folded
 
-LINE = 128  # channels lie as (lines, LINE): a copy by TMA takes at most 256 along an axis; as many threads
+LINE = 128  # channels lie as (lines, LINE), since TMA copies at most 256 along an axis; a block has as many threads
 SLOTS = 3  # tokens in shared memory: one that is worked on, one that arrives, and one that arrives or leaves
 LARGEST_GROUP = 4096  # channels, by the registers of a thread
 SMS = 132  # of an H100; with others, blocks are more or fewer than are ever at work at once

@@ -180,8 +180,8 @@ def of_gated_norm(d):
     def run(y, u, z, skip, gain, *, kernels):
         return (gated_norm(y, u, z, skip, gain, groups=groups, eps=1e-5, kernels=kernels),)
 
-    y, u, z = (d.normal(d.B, d.T, E, dtype=d.dtype, scale=scale) for scale in (1.0, 1.0, 3.0))
-    return run, (y, u, z, d.normal(groups * heads), d.normal(E))
+    wide = [d.normal(d.B, d.T, E, dtype=d.dtype, scale=scale) for scale in (1.0, 1.0, 3.0)]
+    return run, (*wide, d.normal(groups * heads), d.normal(E))
 
 
 def of_slstm(d):
