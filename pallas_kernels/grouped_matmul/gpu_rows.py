@@ -19,14 +19,13 @@ from pallas_kernels import compat, dispatch
 SHARED = 48 * 1024  # bytes of a block: four share a multiprocessor, which hides how long a row takes to arrive
 LARGEST = 256  # what one copy takes along an axis
 ALIGNED = 8  # columns: 16 bytes
-LINE = 64  # columns: 128 bytes, the better where a row is some of them
 
 
 @jax.custom_batching.custom_vmap
 def gather(x: Float[Array, "n D"], index: Int[Array, "*i"]) -> Float[Array, "*i D"]:
     """x[index]; zero where the index is n or more. D is a multiple of 16."""
     n, D = x.shape
-    inner = max((d for d in range(ALIGNED, LARGEST + 1, ALIGNED) if D % d == 0), key=lambda d: (d % LINE == 0, d))
+    inner = max(d for d in range(ALIGNED, LARGEST + 1, ALIGNED) if D % d == 0)
     rows = max(2**i for i in range(6) if 2**i * 2 * D <= SHARED or i == 0)
     shape, flat = (D // inner, inner), index.reshape(-1).astype(jnp.int32)
     flat = jnp.pad(flat, (0, -flat.size % rows))
