@@ -1,10 +1,10 @@
 """The scan on Hopper, in Mosaic GPU: a warpgroup walks all tokens of `BLOCK` channels of a row, states in registers.
 
 No matrix unit helps. The states of a block, (channels, N), are spread over 4 warps, then over 8 x 4 lanes, so that the
-sum over N of the output and the sum over channels of dB and dC are both partly inside a thread. What is left of them
-goes through shared memory: the threads write their parts of a span of tokens, then read them back in another layout
-and add: a store and a load of up to four numbers each, where shuffles take two instructions a number and round. Tokens
-arrive in tiles by TMA, two in flight.
+sum over N of the output and the sum over channels of dB and dC are both partly inside a thread. What is left of the
+backward pass' sums goes through shared memory: the threads write their parts of a span of tokens, then read them back
+in another layout and add: a store and a load of up to four numbers each, where shuffles take two instructions a number
+and round. The forward pass, which has few, is faster with shuffles. Tokens arrive in tiles by TMA, two in flight.
 
 The forward pass writes the state before every span. The backward pass takes the spans from the last to the first, each
 once more forward, its states and decays in registers, and then backward. dB and dC are sums over channels: inside a
@@ -130,7 +130,7 @@ def forward(u, dt, A, B, C, start, *forget, keep):
     """[y, final state, and where `keep` the state before each span]."""
     (rows, T, E), N = u.shape, A.shape[2]
     tiles, members, group = T // TILE, rows // A.shape[0], span(N)
-    shape, added_up, spans = state_shape(N), sums_layout(N), TILE // group
+    shape, spans = state_shape(N), TILE // group
     read, wide, tall = readers(N)
 
     def kernel(*refs):
@@ -138,7 +138,7 @@ def forward(u, dt, A, B, C, start, *forget, keep):
         forget_g, refs = refs[: len(forget)], refs[len(forget) :]
         y_g, final_g, *refs = refs
         states_g, refs = (refs[0], refs[1:]) if keep else (None, refs)
-        u_s, dt_s, B_s, C_s, by_channel_s, arrived, *forget_s = refs
+        u_s, dt_s, B_s, C_s, y_s, arrived, *forget_s = refs
         row, b = lax.axis_index("row"), lax.axis_index("block")
         mine = pl.ds(b * WARPS, WARPS)
 
@@ -154,26 +154,28 @@ def forward(u, dt, A, B, C, start, *forget, keep):
         log2_rates = read(A_g.at[row // members, mine])
 
         def one_span(i, slot, k, h):
-            place = i * spans + k
-            now = lax.rem(place, 2)
             if states_g is not None:
-                states_g[row, place, mine] = h
-            for t in range(group):
-                token = k * group + t
-                step = wide(dt_s.at[slot, token])
+                states_g[row, i * spans + k, mine] = h
+            first, seen = k * group, []
+            for token in range(group):
+                now = first + token
+                step = wide(dt_s.at[slot, now])
                 exponent = step * log2_rates
-                decay = jnp.exp2(exponent + forget_s[0][slot, token] if forget else exponent)
-                h = decay * h + step * wide(u_s.at[slot, token]) * tall(B_s.at[slot, token])
-                by_channel_s[now, t] = jnp.sum(h * tall(C_s.at[slot, token]), axis=4)
-            plgpu.commit_smem()
-            y = jnp.sum(compat.gpu_load(by_channel_s.at[now], added_up), axis=4)
-            y_g[row, pl.ds(place * group, group), mine] = y.astype(u.dtype)
+                decay = jnp.exp2(exponent + forget_s[0][slot, now] if forget else exponent)
+                h = decay * h + step * wide(u_s.at[slot, now]) * tall(B_s.at[slot, now])
+                seen.append(h * tall(C_s.at[slot, now]))
+            # Last: sums over lanes are slow to arrive, and hold back what is written after them.
+            for token in range(group):
+                y_s[first + token] = jnp.sum(jnp.sum(seen[token], axis=4), axis=3).astype(u.dtype)
             return h
 
         def one_tile(i, h):
             slot = lax.rem(i, 2)
             plgpu.barrier_wait(arrived.at[slot])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             h = lax.fori_loop(0, spans, functools.partial(one_span, i, slot), h)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(y_s, y_g.at[row, pl.ds(i * TILE, TILE), mine])
 
             @pl.when(i + 2 < tiles)
             def _():
@@ -182,13 +184,14 @@ def forward(u, dt, A, B, C, start, *forget, keep):
             return h
 
         final_g[row, mine] = lax.fori_loop(0, tiles, one_tile, read(start_g.at[row, mine]))
+        plgpu.wait_smem_to_gmem(0)
 
     all_states = (E // WIDTH, *shape[1:])
     out = [((rows, T, *all_states[:3]), u.dtype), ((rows, *all_states), F32)]
     out += [((rows, T // group, *all_states), F32)] if keep else []
     scratch = [plgpu.SMEM((2, TILE, *shape[:3]), a.dtype) for a in (u, dt)]
     scratch += [plgpu.SMEM((2, TILE, *shape[3:]), F32) for _ in "BC"]
-    scratch += [plgpu.SMEM((2, group, *shape[:4]), F32)]
+    scratch += [plgpu.SMEM((TILE, *shape[:3]), u.dtype)]
     scratch += [plgpu.Barrier(num_arrivals=4 + len(forget), num_barriers=2)]
     scratch += [plgpu.SMEM((2, TILE), F32) for _ in forget]
     run = launch(kernel, "selective_scan_forward", out, scratch, (rows, E // BLOCK))
