@@ -51,7 +51,7 @@ def _collect_forward(gather: Gather, y: Array, source: Array, place: Array, copi
     return collect(gather, y, source, place, copies), (jnp.zeros((), y.dtype), source, place)
 
 
-def _collect_backward(gather: Gather, copies: int, kept: Any, d: Array) -> tuple[Array, Any, Any]:
+def _collect_backward(gather: Gather, copies: int, kept: Any, d: Array) -> tuple[Any, Any, Any]:
     like, source, place = kept
     dy = spread(gather, d.astype(like.dtype), source, place)
     return dy, no_gradient(source), no_gradient(place)
