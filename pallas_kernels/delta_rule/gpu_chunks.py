@@ -24,8 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import compat, dispatch
 from pallas_kernels.chunk_walk.gpu import SHARED
+from pallas_kernels.chunk_walk.gpu_tiles import call, pair, pieces
 from pallas_kernels.gated_recurrence import sweeps
 from pallas_kernels.gated_recurrence.walk import F32, SQUARE, TILED, WGMMA, L, columns_, multiply, rows
 from pallas_kernels.population import folded
@@ -119,31 +119,6 @@ def stacked(gates: Any, documents: Any) -> tuple[Array, list[str]]:
     return jnp.stack(list(every.values()), axis=2), list(every)
 
 
-def pair() -> tuple[Array, Array]:
-    """The places of both tokens of a pair."""
-    return tuple(plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=WGMMA) for axis in (0, 1))
-
-
-def halves(a: Array, dtype: Any) -> tuple[Array, Array]:
-    """a in bfloat16, and what that leaves out. Cut, not rounded: numbers are rounded fast in pairs alone."""
-    high = lax.bitcast_convert_type(lax.bitcast_convert_type(a, jnp.int32) & jnp.int32(-(1 << 16)), F32)
-    return high.astype(dtype), (a - high).astype(dtype)
-
-
-def call(kernel: Any, name: str, out: Any, scratch: Any, C: int, many: int) -> Any:
-    return plgpu.kernel(
-        kernel,
-        out_type=tuple(out),
-        scratch_types=scratch,
-        grid=(C, many),
-        grid_names=("chunk", "row"),
-        # every buffer that is written is followed by commit_smem, which is a barrier
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=compat.gpu_interpreter() if dispatch.interpret() else None,
-        kernel_name=name,
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------- forward
 
 
@@ -180,11 +155,11 @@ def _forward(q: Array, k: Array, v: Array, gates: Any, documents: Any, *, keep: 
             for i, part in enumerate((high, low)):
                 plgpu.copy_smem_to_gmem(part, gmem.at[b, c, h, i], commit_group=False)
         weighed = inverse * token.column("beta")
-        left, rest = halves(weighed, dtype)
+        left, rest = pieces(weighed, dtype)
         for j in range(0, V, L):
             (U,) = multiply((left, v.at[:, pl.ds(j, L)], None, (rest, v.at[:, pl.ds(j, L)])))
             U_g[b, c, h, :, pl.ds(j, L)] = U
-        left, rest = halves(weighed * token.column("entering"), dtype)
+        left, rest = pieces(weighed * token.column("entering"), dtype)
         for j in range(0, K, L):
             block = pl.ds(j, L)
             (W,) = multiply((left, k.at[:, block], None, (rest, k.at[:, block])))
@@ -211,7 +186,7 @@ def _forward(q: Array, k: Array, v: Array, gates: Any, documents: Any, *, keep: 
 
 
 def store_halves(a: Array, high: Any, low: Any) -> None:
-    high[...], low[...] = halves(a, high.dtype)
+    high[...], low[...] = pieces(a, high.dtype)
     plgpu.commit_smem()
 
 
@@ -226,7 +201,7 @@ def invert(A: Array, high: Any, low: Any) -> Array:
 
     def product(a: Array, b: Array) -> Array:
         store_halves(b, high, low)
-        left, rest = halves(a, high.dtype)
+        left, rest = pieces(a, high.dtype)
         (out,) = multiply((left, high, None, (left, low), (rest, high)))
         plgpu.commit_smem()  # no thread writes there while another's product still reads
         return out
@@ -290,7 +265,7 @@ def _backward(
         square[...] = (read(square) * token.decay()).astype(dtype)
 
         # the system: d_R = T^T d_X, and the sum of d_R X^T
-        left, rest = halves(weighed(), dtype)
+        left, rest = pieces(weighed(), dtype)
         none = plgpu.layout_cast(jnp.zeros((L,), F32), WGMMA.reduce(1))
 
         def of_values(j: Any, sums: Any) -> Any:
@@ -310,7 +285,7 @@ def _backward(
         for j in range(K // L):
             fetch(d_erase_g, j, s["erase_there"])
         plgpu.barrier_wait(s["erase_there"])
-        left, rest = halves(weighed() * token.column("entering"), dtype)
+        left, rest = pieces(weighed() * token.column("entering"), dtype)
 
         def of_keys(j: Any, sums: Any) -> Any:
             d_A, d_beta, d_entering = sums

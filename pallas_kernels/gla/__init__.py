@@ -40,7 +40,7 @@ def gla(
     check_chunk(chunk, power_of_two=True)
     chosen = dispatch.choose("gla", kernels, dispatch.refusals("gla", q, v))
     if chosen in dispatch.MODULES:
-        return dispatch.form("gla", chosen).gla(q, k, v, log_decay, state, reset)
+        return dispatch.form("gla", chosen).gla(q, k, v, log_decay, state, reset, kernels)
     if chosen == "reference":
         out, final = reference.gla(q, k, v, log_decay, state, reset)
         return out.astype(v.dtype), final
