@@ -34,3 +34,13 @@ def gpu_load(ref: Any, layout: Any = None) -> Any:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.load(ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
+
+
+def gpu_store(ref: Any, value: Any) -> None:
+    """Into a Mosaic GPU reference, by whatever accesses that takes."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if store := getattr(plgpu, "store", None):  # since JAX 0.12, where a plain assignment refuses narrow ones
+        store(ref, value, optimized=False)
+    else:
+        ref[...] = value

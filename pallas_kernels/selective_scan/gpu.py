@@ -155,7 +155,7 @@ def forward(u, dt, A, B, C, start, *forget, keep):
 
         def one_span(i, slot, k, h):
             if states_g is not None:
-                states_g[row, i * spans + k, mine] = h
+                compat.gpu_store(states_g.at[row, i * spans + k, mine], h)
             first, seen = k * group, []
             for token in range(group):
                 now = first + token
@@ -183,7 +183,7 @@ def forward(u, dt, A, B, C, start, *forget, keep):
 
             return h
 
-        final_g[row, mine] = lax.fori_loop(0, tiles, one_tile, read(start_g.at[row, mine]))
+        compat.gpu_store(final_g.at[row, mine], lax.fori_loop(0, tiles, one_tile, read(start_g.at[row, mine])))
         plgpu.wait_smem_to_gmem(0)
 
     all_states = (E // WIDTH, *shape[1:])
@@ -265,12 +265,14 @@ def backward(u, dt, A, B, C, states, dy, d_final, *forget):
             plgpu.commit_smem()
             parts = [[by_state_s.at[w, 0, c, pl.ds(0, 2 * group)] for c in range(shape[2])] for w in range(WARPS)]
             totals = [add(compat.gpu_load(part, every) for part in of_warp) for of_warp in parts]
-            dBC_g[row, b, pl.ds(here * 2 * group, 2 * group)] = add(totals)
+            compat.gpu_store(dBC_g.at[row, b, pl.ds(here * 2 * group, 2 * group)], add(totals))
             d_added, d_exponent = (jnp.sum(compat.gpu_load(by_channel_s.at[i], added_up), axis=4) for i in range(2))
             tokens = pl.ds(first, group)
             step, x = (compat.gpu_load(s.at[slot, tokens], added_up.reduce((4,))) for s in (dt_s, u_s))
-            du_g[row, pl.ds(here * group, group), mine] = (d_added * step).astype(u.dtype)
-            ddt_g[row, pl.ds(here * group, group), mine] = d_added * x.astype(F32) + d_exponent * math.log(2)
+            compat.gpu_store(du_g.at[row, pl.ds(here * group, group), mine], (d_added * step).astype(u.dtype))
+            compat.gpu_store(
+                ddt_g.at[row, pl.ds(here * group, group), mine], d_added * x.astype(F32) + d_exponent * math.log(2)
+            )
             return before, g, dA
 
         def one_tile(i, carry):
@@ -288,8 +290,8 @@ def backward(u, dt, A, B, C, states, dy, d_final, *forget):
         zero = plgpu.layout_cast(jnp.zeros(shape, F32), layout(N))
         last = read(states_g.at[row, tiles * spans - 1, mine])
         _, g, dA = lax.fori_loop(0, tiles, one_tile, (last, read(d_final_g.at[row, mine]), zero))
-        d_start_g[row, mine] = g
-        dA_g[row, mine] = dA
+        compat.gpu_store(d_start_g.at[row, mine], g)
+        compat.gpu_store(dA_g.at[row, mine], dA)
 
     blocks, all_states = E // BLOCK, (E // WIDTH, *shape[1:])
     out = [((rows, T, *all_states[:3]), dtype) for dtype in (u.dtype, F32)] + [((rows, *all_states), F32)]
