@@ -9,6 +9,9 @@ the scores of the pairs are those of x x^T.
 Backwards, with G the scores' gradient and its mirror image, of the pairs of h: dx = G x. The gradient of the sums that
 end at a token, db, is q dq - k dk of all h; in it both sides of a pair hold the same roundings, so they cancel in the
 log decays' gradient, which is its sum over the tokens from there on.
+
+M and G come from shared memory: a factor in registers of which some numbers are the same in every thread ptxas 13.0
+gives registers that it never sets.
 """
 
 from __future__ import annotations
@@ -94,8 +97,19 @@ def ones(where: Array) -> Array:
     return jnp.where(where, 1.0, 0.0).astype(jnp.bfloat16)
 
 
-def sums(*squares: Array, of: Any) -> list[Array]:
-    """M a for each of the squares M, a in pieces in shared memory."""
+def by_size(one_size: Any, found: Any) -> Any:
+    """`one_size(h, slot, found)` of every h, the slots by turns."""
+
+    def two(i: Any, found: Any) -> Any:
+        for slot in range(2):
+            found = one_size(jnp.int32(1 << slot) << 2 * i, slot, found)
+        return found
+
+    return lax.fori_loop(0, SIZES // 2, two, found)
+
+
+def sums(*squares: Any, of: Any) -> list[Array]:
+    """M a for each of the squares M, all in shared memory, a in pieces."""
     first, *rest = of
     return multiply(*((M, first, None, *((M, piece) for piece in rest)) for M in squares))
 
@@ -131,8 +145,8 @@ def tile(*shape: int) -> Any:
 
 
 def scratch_of(marks: Any, arrivals: int) -> dict[str, Any]:
-    """Pieces of g, two of x, the marks."""
-    found = {"g_pieces": [tile(L, L)] * PIECES, "x": tile(2, L, L), "square": tile(L, L)}
+    """Pieces of g; x and M, of which the next size's is written while this one's is read; the marks."""
+    found = {"g_pieces": [tile(L, L)] * PIECES, "x": [tile(L, L)] * 2, "M": [tile(L, L)] * 2}
     found["there"] = plgpu.Barrier(num_arrivals=arrivals + (marks is not None))
     return found | ({} if marks is None else {"marks": plgpu.SMEM((len(MARKS), L), F32)})
 
@@ -145,7 +159,7 @@ def _forward(q: Array, k: Array, g: Array, marks: Array | None) -> Any:
     (B, T, H, K), dtype = q.shape, q.dtype
     C = T // L
 
-    def kernel(q_g, k_g, g_g, *others, q, k, g_pieces, x, square, there, marks=None):
+    def kernel(q_g, k_g, g_g, *others, q, k, g_pieces, x, M, there, marks=None):
         *marks_g, read_g, write_g, weights_g = others
         c, row = lax.axis_index("chunk"), lax.axis_index("row")
         b, h = lax.div(row, jnp.int32(H)), lax.rem(row, jnp.int32(H))
@@ -161,21 +175,24 @@ def _forward(q: Array, k: Array, g: Array, marks: Array | None) -> Any:
             block = pl.ds(j * L, L)
             q_j, k_j = q.at[:, block], k.at[:, block]
             keep(arriving(g_g.at[b, tokens, h, block]) * math.log2(math.e), g_pieces)
+            M[0][...] = within(to, of, 1)
             plgpu.commit_smem()
 
-            def of_size(i: Any, scores: Array) -> Array:
-                size, x_i = jnp.int32(1) << i, x.at[lax.rem(i, jnp.int32(2))]
-                (exponent,) = sums(within(to, of, size), of=g_pieces)
+            def of_size(size: Any, slot: int, scores: Array) -> Array:
+                (exponent,) = sums(M[slot], of=g_pieces)
                 decayed = jnp.where(second(to, size), read(q_j), read(k_j)) * jnp.exp2(exponent)
-                x_i[...] = decayed.astype(dtype)
+                x[slot][...] = decayed.astype(dtype)
+                M[1 - slot][...] = within(to, of, 2 * size)
                 plgpu.commit_smem()
-                (products,) = multiply((x_i, x_i.T))
+                (products,) = multiply((x[slot], x[slot].T))
                 return scores + jnp.where(apart(to, of, size) & (to > of), products, 0.0)
 
-            scores = lax.fori_loop(0, SIZES, of_size, scores)
+            scores = by_size(of_size, scores)
             (products,) = multiply((q_j, k_j.T))
             scores = scores + jnp.where(to == of, products, 0.0)
-            entering, left = sums(ones(of <= to), ones(of > to), of=g_pieces)
+            M[1][...] = ones(of <= to)
+            plgpu.commit_smem()  # and no thread writes queries and keys there while another's product still reads
+            left, entering = sums(*M, of=g_pieces)
             for smem, exponent, name in (q_j, entering, "entering"), (k_j, left, "left"):
                 decayed = read(smem) * jnp.exp2(exponent)
                 smem[...] = (decayed if marks is None else decayed * rows(mark(marks, name))).astype(dtype)
@@ -184,6 +201,7 @@ def _forward(q: Array, k: Array, g: Array, marks: Array | None) -> Any:
 
         scores = plgpu.layout_cast(jnp.zeros(SQUARE, F32), WGMMA)
         scores = lax.fori_loop(0, K // L, of_columns, scores)
+        square = g_pieces[0]
         square[...] = jnp.where((to == of) | visible(to, of, marks), scores, 0.0).astype(dtype)
         plgpu.commit_smem()
         for smem, gmem in (q, read_g), (k, write_g), (square, weights_g):
@@ -207,27 +225,28 @@ def _backward(
     (B, T, H, K), dtype = q.shape, q.dtype
     C = T // L
 
-    def kernel(*refs, q, k, came_read, came_write, g_pieces, x, square, total, there, marks=None):
+    def kernel(*refs, q, k, came_read, came_write, g_pieces, x, M, G, total, there, marks=None):
         q_g, k_g, g_g, d_read_g, d_write_g, d_weights_g, d_total_g, *marks_g, d_q_g, d_k_g, d_g_g = refs
         c, row = lax.axis_index("chunk"), lax.axis_index("row")
         b, h = lax.div(row, jnp.int32(H)), lax.rem(row, jnp.int32(H))
         tokens, block = pl.ds(c * L, L), pl.ds(lax.axis_index("block") * L, L)
+        identity, square, came_weights = g_pieces  # at first
         for of, to in (
-            (q_g.at[b, tokens, h, block], q), (k_g.at[b, tokens, h, block], k), (d_weights_g.at[b, c, h], square),
+            (q_g.at[b, tokens, h, block], q), (k_g.at[b, tokens, h, block], k), (d_weights_g.at[b, c, h], came_weights),
             (d_read_g.at[b, c, h, :, block], came_read), (d_write_g.at[b, c, h, :, block], came_write),
             (d_total_g.at[b, c, h, block], total), *((of.at[b, c], marks) for of in marks_g),
         ):  # fmt: skip
             plgpu.copy_gmem_to_smem(of, to, there)
         to, of = pair()
-        g_pieces[0][...] = ones(to == of)
+        identity[...] = ones(to == of)
+        M[0][...] = within(to, of, 1)
         plgpu.barrier_wait(there)
-        d_scores = read(square)
+        d_scores = read(came_weights)
         itself = jnp.sum(jnp.where(to == of, d_scores, 0.0), axis=1)
         d_scores = jnp.where(visible(to, of, marks), d_scores, 0.0)
-        plgpu.commit_smem()  # all have read
         square[...] = d_scores.astype(dtype)
         plgpu.commit_smem()
-        (mirrored,) = multiply((square.T, g_pieces[0]))
+        (mirrored,) = multiply((square.T, identity))
         d_scores = d_scores + mirrored
         plgpu.commit_smem()
         keep(arriving(g_g.at[b, tokens, h, block]) * math.log2(math.e), g_pieces)
@@ -237,36 +256,39 @@ def _backward(
         d_q, d_k = itself * read(k), itself * read(q)
         d_b = plgpu.layout_cast(jnp.zeros(SQUARE, F32), WGMMA)
 
-        def of_size(i: Any, found: Any) -> Any:
+        def of_size(size: Any, slot: int, found: Any) -> Any:
             d_q, d_k, d_b = found
-            size, x_i = jnp.int32(1) << i, x.at[lax.rem(i, jnp.int32(2))]
-            (exponent,) = sums(within(to, of, size), of=g_pieces)
+            (exponent,) = sums(M[slot], of=g_pieces)
             decay, is_query = jnp.exp2(exponent), second(to, size)
             decayed = (jnp.where(is_query, read(q), read(k)) * decay).astype(dtype)
-            x_i[...] = decayed
+            x[slot][...] = decayed
+            G[slot][...] = jnp.where(apart(to, of, size), d_scores, 0.0).astype(dtype)
+            M[1 - slot][...] = within(to, of, 2 * size)
             plgpu.commit_smem()
-            (d_x,) = multiply((jnp.where(apart(to, of, size), d_scores, 0.0).astype(dtype), x_i))
+            (d_x,) = multiply((G[slot], x[slot]))
             d_decayed, along = d_x * decay, d_x * decayed.astype(F32)
             d_q, d_k = d_q + jnp.where(is_query, d_decayed, 0.0), d_k + jnp.where(is_query, 0.0, d_decayed)
             return d_q, d_k, d_b + jnp.where(is_query, along, -along)
 
-        d_q, d_k, d_b = lax.fori_loop(0, SIZES, of_size, (d_q, d_k, d_b))
-        entering, left = sums(ones(of <= to), ones(of > to), of=g_pieces)
+        d_q, d_k, d_b = by_size(of_size, (d_q, d_k, d_b))
+        M[1][...] = ones(of <= to)
+        plgpu.commit_smem()
+        left, entering = sums(*M, of=g_pieces)
         came = read(came_read) * jnp.exp2(entering)
         came = came if marks is None else came * rows(mark(marks, "entering"))
         d_q, d_b = d_q + came, d_b + came * read(q)
         came = read(came_write) * jnp.exp2(left)
         came = came if marks is None else came * rows(mark(marks, "left"))
         d_k, d_left = d_k + came, came * read(k)
-        free = square, came_read
+        left_pieces = came_read, came_write
         plgpu.commit_smem()  # all are done with what is written now
         keep(d_b, g_pieces)
-        keep(d_left, free)
+        keep(d_left, left_pieces)
         q[...], k[...] = d_q.astype(dtype), d_k.astype(dtype)
         plgpu.commit_smem()
-        later, earlier = ones(of >= to), ones(of < to)
-        others = [(later, piece) for piece in g_pieces[1:]] + [(earlier, piece) for piece in free]
-        (d_g,) = multiply((later, g_pieces[0], columns_(total), *others))
+        before, after = M[0].T, M[1].T  # of M, which says what decays a token, what a token decays
+        others = [(after, piece) for piece in g_pieces[1:]] + [(before, piece) for piece in left_pieces]
+        (d_g,) = multiply((after, g_pieces[0], columns_(total), *others))
         d_g_g[b, tokens, h, block] = d_g
         for smem, gmem in (q, d_q_g), (k, d_k_g):
             plgpu.copy_smem_to_gmem(smem, gmem.at[b, tokens, h, block], commit_group=False)
@@ -279,6 +301,6 @@ def _backward(
         jax.ShapeDtypeStruct(g.shape, F32),
     ]
     scratch = {name: tile(L, L) for name in ("q", "k", "came_read", "came_write")}
-    scratch |= scratch_of(marks, 6) | {"total": plgpu.SMEM((L,), F32)}
+    scratch |= scratch_of(marks, 6) | {"G": [tile(L, L)] * 2, "total": plgpu.SMEM((L,), F32)}
     given = [q, k, g, d_read, d_write, d_weights, d_total] + ([] if marks is None else [marks])
     return call(kernel, "gla_chunks_backward", out, scratch, C, B * H, K // L)(*given)
