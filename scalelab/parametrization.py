@@ -55,7 +55,8 @@ ALPHA = 1  # CompleteP's depth exponent
 class Tensor:
     """One parameter: `shape`, what it is (`role`), how wide a sum each of its outputs is (`fan_in`), whether it writes
     to the residual stream (`residual`), and the constant that a vector starts at (`fill`). `start` is an initialisation
-    of its own: a function of standard normal numbers and of the layer's place in the stack (`Depth`)."""
+    of its own: a function of standard normal numbers and of the layer's place in the stack (`Depth`). A hidden matrix
+    is read in the compute dtype, with `exact` in float32."""
 
     shape: tuple[int, ...]
     role: str
@@ -64,6 +65,7 @@ class Tensor:
     fill: float = 0.0
     active: int | None = None  # elements that one token uses, where not all (experts)
     start: Start | None = None
+    exact: bool = False
     base: Tensor | None = None  # what it is in the base model, under muP and CompleteP
 
     @property

@@ -15,6 +15,8 @@ from scalelab.models.part import Part
 from scalelab.models.spec import Spec
 from scalelab.parametrization import Tensor
 
+BF16, F32 = jnp.bfloat16, jnp.float32
+
 
 def pointwise(f: Callable[..., Any]) -> Callable[..., Any]:
     """f with only its inputs kept for the backward pass. For cheap functions of big arrays: recomputing them costs less
@@ -38,6 +40,49 @@ def linears(x: Float[Array, "*b n"], w: Float[Array, "n m"], *widths: int) -> li
         parts.append(linear(x, part))
         x = jax.lax.optimization_barrier(x)  # else XLA joins the products again
     return parts
+
+
+def full_product(x: Float[Array, "*b n"], w: Float[Array, "n m"]) -> Float[Array, "*b m"]:
+    """x w in float32, w float32: for gates and routers. Of x in bfloat16 on tensor cores, which know no float32: w, or
+    the gradient, is the sum of three numbers in bfloat16, so that one product with all three loses nothing but what
+    sums in float32 lose. dx is rounded to x's dtype. Infinite numbers in bfloat16 give NaN."""
+    if x.dtype == BF16:
+        return _full_product(x, w)
+    return jnp.matmul(x.astype(F32), w, precision="highest")
+
+
+@jax.custom_vjp
+def _full_product(x: Float[Array, "*b n"], w: Float[Array, "n m"]) -> Float[Array, "*b m"]:
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), jnp.concatenate(pieces(w), axis=1), preferred_element_type=F32)
+    return _sum_of_pieces(y).reshape(*x.shape[:-1], -1)
+
+
+def _full_product_backward(kept: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    (x, w), d = kept, d.reshape(-1, d.shape[-1])
+    (d1, d2, d3), (w1, w2, _) = pieces(d), pieces(w)
+    # The products left out are below 2^-16 of the whole, and dx is rounded to 2^-9.
+    dx = jnp.matmul(jnp.concatenate([d1, d1, d2], axis=1), jnp.concatenate([w1, w2, w1], axis=1).T)
+    rows = x.reshape(-1, x.shape[-1])
+    dw = jnp.matmul(rows.T, jnp.concatenate([d1, d2, d3], axis=1), preferred_element_type=F32)
+    return dx.reshape(x.shape), _sum_of_pieces(dw)
+
+
+_full_product.defvjp(lambda x, w: (_full_product(x, w), (x, w)), _full_product_backward)
+
+
+def pieces(a: Float[Array, "*s"]) -> list[Array]:
+    """Three numbers in bfloat16 that add up to each number in float32, largest first."""
+    parts = []
+    for _ in range(3):
+        part = jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)  # XLA may drop a cast there and back
+        parts.append(part.astype(BF16))
+        a = a - part
+    return parts
+
+
+def _sum_of_pieces(y: Float[Array, "b 3*m"]) -> Float[Array, "b m"]:
+    high, middle, low = jnp.split(y, 3, axis=1)
+    return high + (middle + low)
 
 
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*b D"]:

@@ -242,10 +242,15 @@ class LanguageModel(nnx.Module):
                     aux[name] = block_aux
             return x, (after, aux)
 
+        def cast(tensor: Tensor, a: Array) -> Array:
+            return _cast(self.spec.dtype, a) if tensor.role == "hidden" and not tensor.exact else a
+
         def through(part: str, x: Array, rows: Rows, states: Any) -> tuple[Array, Any, Any]:
-            graphdef, params = nnx.split(getattr(self, part))
-            body = _remat(partial(run, graphdef, rows), self.spec.remat)
-            loop, xs = part == "period", (params, states)
+            graphdef, params = split(getattr(self, part))
+            loop = part == "period"
+            if loop and self.spec.training and self.spec.dtype != jnp.float32:
+                params = jax.tree.map(cast, LanguageModel.tensors(self.spec)[part], params)
+            body, xs = _remat(partial(run, graphdef, rows), self.spec.remat), (params, states)
             x, (after, aux) = jax.lax.scan(body, x, xs, unroll=self.spec.unroll) if loop else body(x, xs)
             return x, after, aux
 
@@ -286,6 +291,19 @@ def _remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
         return body
     saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
     return jax.checkpoint(body, policy=saved, prevent_cse=False)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cast(dtype: Any, a: Array) -> Array:
+    """A matrix of all repeats in the compute dtype before it is cut into layers: their gradients are then put together
+    in that dtype, and once, where each pass of the optimiser would do it again."""
+    return a.astype(dtype)
+
+
+_cast.defvjp(
+    lambda dtype, a: (_cast(dtype, a), None),
+    lambda dtype, _, d: (jax.lax.optimization_barrier(d).astype(jnp.float32),),
+)
 
 
 def _sum_of_losses(aux: dict[str, Any]) -> Float[Array, ""]:

@@ -41,7 +41,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import grouped_matmul as gmm
 from scalelab.errors import BadInput
-from scalelab.models.layers import linear
+from scalelab.models.layers import full_product, linear
 from scalelab.models.mlp import swiglu
 from scalelab.models.part import ChannelMixer
 from scalelab.models.spec import Flops, Spec
@@ -154,7 +154,7 @@ class MoE(ChannelMixer):
     def _route(self, x: Array) -> tuple[Float[Array, "*b Ne"], Int[Array, "*b k"], Float[Array, "*b k"]]:
         """(logits, the chosen experts, best first, their weights)."""
         o = self.options
-        logits = jnp.einsum("...d,de->...e", x.astype(F32), self.exact("router"), precision="highest")
+        logits = full_product(x, self.exact("router"))
         scores = jax.nn.softmax(logits) if o.router == "softmax" else jax.nn.sigmoid(logits)
         by = jax.lax.stop_gradient(scores)
         if o.bias_rate:

@@ -48,8 +48,10 @@ class Part(nnx.Module):
         return getattr(self, name)[...].astype(self.spec.dtype)
 
     def exact(self, name: str) -> Array:
-        """A parameter in float32."""
-        return getattr(self, name)[...]
+        """A parameter in float32; a hidden matrix must say so in its `Tensor`."""
+        a = getattr(self, name)[...]
+        assert a.dtype == jnp.float32, name
+        return a
 
     def per_row(self, op: Callable[..., Any], *, shared: tuple[int, ...] = (), **options: Any) -> Callable[..., Any]:
         """An operation of `pallas_kernels` on rows of the batch, as this pass wants it run; arguments at the positions

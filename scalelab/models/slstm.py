@@ -63,7 +63,7 @@ class SLSTM(Mixer):
             "conv": Tensor((K, D), "vector", start=uniform(K**-0.5)),
             "conv_bias": Tensor((D,), "vector", start=uniform(K**-0.5)),
             **maps,
-            "recurrent": Tensor((4, H, d, d), "hidden", fan_in=d, start=zero),
+            "recurrent": Tensor((4, H, d, d), "hidden", fan_in=d, start=zero, exact=True),
             **{f"{gate}_bias": Tensor((D,), "vector") for gate in "izo"},
             "f_bias": Tensor((D,), "vector", start=forget_bias(H)),
             "norm": Tensor((D,), "vector", fill=1.0, residual=True),

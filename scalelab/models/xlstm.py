@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mlstm
 from scalelab.errors import BadInput
-from scalelab.models.layers import linear, linears, pointwise, soft_cap
+from scalelab.models.layers import full_product, linear, linears, pointwise, soft_cap
 from scalelab.models.part import Mixer
 from scalelab.models.sequence import beginnings, no_past, short_conv
 from scalelab.models.spec import Flops, Spec
@@ -169,7 +169,7 @@ class MLSTM(Mixer):
         return linear(y, self.weight("out")), after, {}
 
     def _gate(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T H"]:
-        raw = jnp.matmul(x.astype(jnp.float32), self.exact(name), precision="highest") + self.exact(f"{name}_bias")
+        raw = full_product(x, self.exact(name)) + self.exact(f"{name}_bias")
         return soft_cap(raw, self.options.gate_cap)
 
     def init_state(self, batch: int, max_len: int) -> dict[str, Array]:
@@ -282,8 +282,8 @@ class MLSTMUp(Mixer):
             self.per_row,
         )  # fmt: skip
         q, k, v = (block_diagonal(a, self.weight(name)) for a, name in ((c, "q"), (c, "k"), (u, "v")))
-        qkv = jnp.concatenate([q, k, v], axis=-1).astype(jnp.float32)
-        i, f = (jnp.matmul(qkv, self.exact(name), precision="highest") + self.exact(f"{name}_bias") for name in "if")
+        qkv = jnp.concatenate([q, k, v], axis=-1)
+        i, f = (full_product(qkv, self.exact(name)) + self.exact(f"{name}_bias") for name in "if")
         q, k, v = (a.reshape(B, T, H, E // H) for a in (q, k, v))
         h, after = run_cell(self.per_row(mlstm.mlstm, chunk=o.chunk), q, k, v, i, f, state, segment_ids)
         if after is not None:

@@ -110,6 +110,27 @@ def test_remat_vmap_and_bfloat16(name):
     assert all(a.dtype == jnp.float32 and jnp.isfinite(a).all() for a in jax.tree.leaves(gradient))
 
 
+def in_training(name):
+    """(a loss in bfloat16, the same as in training, parameters)."""
+    config = FAMILY[name].copy_and_resolve_references()
+    config.compute_dtype = "bfloat16"
+    return *(loss_of(models.abstract(config, training=on)[0], tokens(2, 9)) for on in (False, True)), built(name)[1]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_training_in_bfloat16_casts_nothing_that_is_read_in_float32(name):
+    _, training, params = in_training(name)
+    jax.eval_shape(jax.grad(training), params)  # `Part.exact` would refuse
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["moe", "xlstm_paper"])
+def test_training_in_bfloat16_has_the_gradients_of_other_passes(name):
+    """Though it casts matrices before they are cut into layers."""
+    other, training, params = in_training(name)
+    jax.tree.map(np.testing.assert_array_equal, *(jax.jit(jax.grad(f))(params) for f in (training, other)))
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("name", [NAMES[name] for name in FAMILY if name not in PIECEWISE])
 def test_gradient_by_finite_differences(name):
