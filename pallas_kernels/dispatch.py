@@ -27,7 +27,7 @@ KERNELS = ("auto", "xla", "reference", *DEVICES)  # what `kernels` may be
 MODULES = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}  # of an operation's folder, that hold these forms
 # (operation, form) that was interpreted and compiled, but never ran on a device
 RECURRENCES = ("delta_rule", "gated_recurrence", "gla", "mlstm", "selective_scan", "slstm")
-UNMEASURED = {("gla_chunks", "mosaic_gpu"), *((op, "mosaic_tpu") for op in RECURRENCES)}
+UNMEASURED = {(op, "mosaic_tpu") for op in RECURRENCES}
 NOT_MEASURED = "has not been measured on a device yet: name it to use it"
 
 Refusal = Callable[[], str]  # why the form does not take these arguments; "" where it does
