@@ -59,9 +59,14 @@ def test_what_no_device_has_run_yet_is_measured_where_it_can_be(monkeypatch):
 
 def test_a_row_of_measurements(capsys):
     assert cli.main(["bench", "kernels", "--ops=cross_entropy"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cross_entropy")]
+    said = capsys.readouterr()
+    rows = [line.split() for line in said.out.splitlines() if line.startswith("cross_entropy")]
     assert [row[4] for row in rows] == ["reference", "xla"]
     assert rows[0][8] == rows[0][12] == "1.00"  # over itself
+    for row, line in zip(rows, said.err.splitlines(), strict=True):  # each as it is measured
+        assert f"{row[4]}: errors {row[5]}, {row[6]}; {row[7]} and {row[10]} ms (range {row[11]}" in " ".join(
+            line.split()
+        )
 
 
 def test_what_is_wrong_or_fails_is_marked_and_ends_with_1(capsys, monkeypatch):

@@ -54,10 +54,19 @@ class Seen:
     memory: float  # temporary, of `both`
     floor: tuple[float, float]  # least seconds of forward, both
     note: str = ""
+    checked: bool = True  # against the definition: not a peer's
 
     @property
     def wrong(self) -> bool:
-        return not self.note and not (self.error <= LIMITS[0] and self.gradient_error <= LIMITS[1])
+        right = self.error <= LIMITS[0] and self.gradient_error <= LIMITS[1]  # NaN is not
+        return self.checked and not self.note and not right
+
+    def __str__(self) -> str:
+        errors = f"errors {self.error:.1e}, {self.gradient_error:.1e}"
+        times = f"{1e3 * self.forward:.3f} and {1e3 * self.both:.3f} ms (range {1e3 * self.spread:.3f})"
+        return (
+            f"{self.op} {self.case}, {self.kernels}: {self.note or f'{errors}; {times}; {self.memory / 1e6:,.0f} MB'}"
+        )
 
 
 def main(ops: Sequence[str], listing: bool, torch: bool, dtype: str) -> int:
@@ -77,7 +86,9 @@ def main(ops: Sequence[str], listing: bool, torch: bool, dtype: str) -> int:
     for case in wanted:
         for kernels in runnable(case):
             seen.append(measured(case, kernels, rates))
-            console.print(f"{case.op} {case.name}: {kernels} {seen[-1].note}")
+            console.print(
+                str(seen[-1]), highlight=False, soft_wrap=True
+            )  # at once: a run cut short keeps what it measured
     report(seen, peers, rates)
     return 1 if any(row.wrong or row.note for row in seen) else 0
 
@@ -229,7 +240,19 @@ def peer_times(wanted: Sequence[cases.Case]) -> list[Seen]:
         raise BadInput("--torch", "PyTorch's operations", f"did not run: {said}")
     nan, rows = float("nan"), json.loads(done.stdout.splitlines()[-1])
     return [
-        Seen(case.op, case.name, name, nan, nan, times["forward"], times["both"], times["spread"], nan, (nan, nan))
+        Seen(
+            case.op,
+            case.name,
+            name,
+            nan,
+            nan,
+            times["forward"],
+            times["both"],
+            times["spread"],
+            nan,
+            (nan, nan),
+            checked=False,
+        )
         for case, found in zip([case for case in wanted if case.peer], rows, strict=True)
         for name, times in found.items()
     ]
@@ -255,7 +278,7 @@ def report(seen: Sequence[Seen], peers: Sequence[Seen], rates: tuple[float, floa
             table.add_row(row.op, row.case, row.kernels, "failed")
             continue
         plain = base[row.op, row.case]
-        cells = [f"{row.error:.1e}", f"{row.gradient_error:.1e}" + (" wrong" if row in seen and row.wrong else "")]
+        cells = [f"{row.error:.1e}", f"{row.gradient_error:.1e}" + (" wrong" if row.wrong else "")]
         for time, of, floor in (
             (row.forward, plain.forward, row.floor[0]), (row.both, plain.both, row.floor[1]),
         ):  # fmt: skip
@@ -266,4 +289,4 @@ def report(seen: Sequence[Seen], peers: Sequence[Seen], rates: tuple[float, floa
     out = out if out.is_terminal else Console(width=190)
     out.print(table)
     for row in (row for row in seen if row.note):
-        out.print(f"failed: {row.op} {row.case}, {row.kernels}: {row.note}", highlight=False)
+        out.print(f"failed: {row}", highlight=False)
