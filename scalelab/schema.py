@@ -139,7 +139,7 @@ def base() -> Config:
             },
             "compute_dtype": "bfloat16",  # parameters are float32 always
             "remat": "none",  # none | dots | full
-            "loss_chunk": 1024,  # tokens whose logits exist at one time
+            "loss_chunk": 2048,  # tokens whose logits exist at one time
             "attention": {
                 "heads": 4,
                 "kv_heads": 4,
