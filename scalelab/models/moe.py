@@ -183,7 +183,7 @@ class MoE(ChannelMixer):
         rows, weights = gmm.spread(x, plan, form), gmm.spread_numbers(w.reshape(-1), plan)
         # One product for both: it reads the rows once, and writes their gradient once.
         both = gmm.grouped_matmul(rows, jnp.concatenate([gate, up], axis=2), plan.group, kernels=form)
-        out = gmm.grouped_matmul(weighted_swiglu(both, weights), down, plan.group, kernels=form)
+        out = gmm.grouped_matmul(gmm.weighted_swiglu(both, weights, form), down, plan.group, kernels=form)
         return gmm.collect(out, plan, chosen.shape[1], form)
 
     def _statistics(self, logits: Float[Array, "B T Ne"], chosen: Int[Array, "B T k"]) -> dict[str, Array]:
@@ -254,27 +254,6 @@ class MoE(ChannelMixer):
             "drop_rate": counters["dropped"] / choices,
             "load": f,
         }
-
-
-@jax.custom_vjp
-def weighted_swiglu(both: Float[Array, "*b 2*F"], w: Float[Array, "*b"]) -> Float[Array, "*b F"]:
-    """w silu(gate) up of (gate, up) = both, in float32, rounded once. The router's weight before the last product and
-    not behind it, where its gradient would take sums over wider rows."""
-    gate, up = jnp.split(both.astype(F32), 2, axis=-1)
-    return (w[..., None] * (jax.nn.silu(gate) * up)).astype(both.dtype)
-
-
-def _weighted_swiglu_backward(kept: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
-    both, w = kept
-    (gate, up), d = jnp.split(both.astype(F32), 2, axis=-1), d.astype(F32)
-    sigmoid = jax.nn.sigmoid(gate)
-    d_up = gate * sigmoid * d
-    d_gate = (sigmoid + gate * sigmoid * (1 - sigmoid)) * up * d
-    d_both = w[..., None] * jnp.concatenate([d_gate, d_up], axis=-1)
-    return d_both.astype(both.dtype), jnp.sum(d_up * up, axis=-1)
-
-
-weighted_swiglu.defvjp(lambda both, w: (weighted_swiglu(both, w), (both, w)), _weighted_swiglu_backward)
 
 
 def top(scores: Float[Array, "*b n"], k: int) -> Int[Array, "*b k"]:

@@ -154,3 +154,41 @@ def test_refusals(x, w, devices, reason, monkeypatch):
     dispatch._warn_once.cache_clear()
     with pytest.warns(dispatch.Fallback, match=reason):
         assert gmm.choose(x, w, devices=devices) == "xla"
+
+
+def gate_problem(rows, F, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    both, d = (3 * jax.random.normal(k, (rows, n), jnp.bfloat16) for k, n in zip(keys, (2 * F, F), strict=False))
+    return both, jax.random.uniform(keys[2], (rows,)).at[rows // 3 :: 7].set(0.0), d
+
+
+def gate_gradients(form):
+    def run(both, w, d):
+        return jax.vjp(lambda *a: gmm.weighted_swiglu(*a, form), both, w)[1](d)
+
+    return run
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("rows", "F"), [(64, 64), (448, 192), (256, 320)])
+def test_the_gates_gradients(rows, F):
+    both, w, d = gate_problem(rows, F)
+    with dispatch.interpreted():
+        got = gate_gradients("mosaic_gpu")(both, w, d)
+    want = gate_gradients("xla")(both.astype(jnp.float32), w, d.astype(jnp.float32))
+    for a, b, limit in zip(got, want, (2e-3, 1e-6), strict=True):
+        assert jnp.linalg.norm(a.astype(jnp.float32) - b) <= limit * jnp.linalg.norm(b)
+    assert not jnp.any(got[0][w == 0])
+
+
+@needs_interpreter
+def test_the_gates_gradients_of_a_population_and_of_what_does_not_fit():
+    both, w, d = (jnp.stack(pair) for pair in zip(gate_problem(64, 64), gate_problem(64, 64, seed=1), strict=True))
+    with dispatch.interpreted():
+        together = jax.vmap(gate_gradients("mosaic_gpu"))(both, w, d)
+        for i in range(2):
+            for a, b in zip(together, gate_gradients("mosaic_gpu")(both[i], w[i], d[i]), strict=True):
+                np.testing.assert_array_equal(a[i], b)
+        for odd in (gate_problem(64, 40), gate_problem(60, 64)):
+            for a, b in zip(*(gate_gradients(form)(*odd) for form in ("mosaic_gpu", "xla")), strict=True):
+                np.testing.assert_array_equal(a, b)
