@@ -54,10 +54,9 @@ def in_chunks(
     reset: Bool[Array, "B T"] | None,
 ) -> tuple[Array, ...]:
     """As `xla.in_chunks` of chunks of L tokens, but -W for W, and widths padded to multiples of L."""
-    if log_decay is None:  # behind a barrier: sums of what it knows XLA works out itself, for seconds
-        log_decay = lax.optimization_barrier(jnp.zeros(beta.shape, F32))
-    log_decay = log_decay.astype(F32)
-    gates = sweeps.gates_of(log_decay, None, reset, L)
+    # Behind a barrier: while it compiles, XLA spends seconds on sums of constants.
+    none = lax.optimization_barrier(jnp.zeros(beta.shape, F32))
+    gates = sweeps.gates_of(none if log_decay is None else log_decay.astype(F32), None, reset, L)
     gates["beta"] = sweeps.chunked(beta.astype(F32), L).reshape(gates["to"].shape)
     carried = gates.pop("carried").reshape(*gates["to"].shape[:2], -1, L)[..., -1:]
     documents = {name: gates.pop(name) for name in ("document_to", "document_of") if name in gates}

@@ -74,7 +74,7 @@ def _gradients(both: Float[Array, "R 2*F"], w: Float[Array, " R"], d: Float[Arra
                 i = n * pieces + j
                 slot = lax.rem(i, jnp.int32(SLOTS))
                 plgpu.barrier_wait(arrived.at[slot])
-                gate, up, d = (plgpu.load(s.at[slot], layout=WGMMA).astype(F32) for s in (gate_s, up_s, d_s))
+                gate, up, d = (compat.gpu_load(s.at[slot], WGMMA).astype(F32) for s in (gate_s, up_s, d_s))
                 root = lax.rsqrt(1.0 + jnp.exp2(gate * -math.log2(math.e)))
                 sigmoid = root * root  # a quotient would be exact, in ten instructions
                 silu = gate * sigmoid
