@@ -23,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scalelab.errors import BadInput
-from scalelab.schema import ADDED_LATER, OUTSIDE_ID, Config, base, suggest, validate
+from scalelab.schema import ADDED_LATER, CHANGED_LATER, OUTSIDE_ID, Config, base, suggest, validate
 
 __all__ = ["ConfigFile", "RunSpec", "base", "finish", "load", "load_file", "override", "parse_arg", "validate"]
 
@@ -257,6 +257,8 @@ class RunSpec:
             and not (name.startswith("data.sources.") and name.endswith(".path"))
             and not (name in ADDED_LATER and ADDED_LATER[name] == value)
         }
+        for name, (former, new) in CHANGED_LATER.items():
+            kept[name] = former if kept[name] == new else kept[name]
         text = canonical_json({"config": kept, "content": self.content, "schema": self.schema})
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

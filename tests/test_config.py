@@ -182,8 +182,13 @@ def test_a_field_added_later_enters_the_id_only_where_it_differs(monkeypatch):
     assert RunSpec(override(new, {"model.novelty": "on"}), {"stdlib": "0" * 64}).id != before
 
 
+def test_a_default_that_changed_speed_alone_keeps_the_id():
+    assert spec(model__loss_chunk=1024).id == spec().id == spec(model__loss_chunk=2048).id
+    assert spec(model__loss_chunk=512).id != spec().id
+
+
 def test_ids_of_built_in_configs_are_golden():
-    """Ids name runs for good: if this fails, either undo the change or give the new field an entry in ADDED_LATER."""
+    """Ids name runs for good: if this fails, undo the change, or give a new field an entry in ADDED_LATER."""
     golden = json.loads((GOLDEN / "ids.json").read_text())
     found = {ref: RunSpec(config.load(ref), {"stdlib": "0" * 64}).id for ref in golden}
     assert found == golden
