@@ -38,10 +38,7 @@ def make_nll(
 ) -> Callable[[Any, Int[Array, "B T+1"]], tuple[Float[Array, "B T"], Float[Array, "B T"], Any]]:
     """(params, rows) -> negative log-likelihood in nats and log-sum-exp of the logits, per target token, and aux."""
     way: dict[str, Any] = {"training": training, "kernels": config.kernels, "unroll": unrolled(config)}
-    if mesh is not None and mesh.size > 1:
-        # XLA splits its own forms by itself, and on a CPU there are no others.
-        way |= {"shards": mesh.size, "mesh": mesh if jax.default_backend() != "cpu" else None}
-    graphdef, _ = models.abstract(model, **way)
+    graphdef, _ = models.abstract(model, mesh=mesh, **way)
 
     def nll(params: Any, rows: Int[Array, "B T+1"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Any]:
         inputs, targets = data.split_rows(rows)

@@ -110,7 +110,7 @@ def test_mups_multipliers_go_into_the_embedding_and_the_final_norm(name, tied, t
 NOT_WRITTEN = {
     "prefix", "period", "suffix", "repeats", "recursion", "init_kind", "init_std", "compute_dtype", "remat",
     "loss_chunk", "streams", "stream_prefix", "stream_smoothing", "base", "base_layers", "depth_scaled",
-    "embed_multiplier", "logit_multiplier", "training", "shards", "kernels", "mesh", "unroll", "mamba.chunk",
+    "embed_multiplier", "logit_multiplier", "training", "kernels", "mesh", "unroll", "mamba.chunk",
     "moe.top_groups", "moe.capacity", "moe.lbl", "moe.lbl_scope", "moe.lbl_sequences", "moe.z_loss", "moe.bias_centred",
 }  # fmt: skip
 

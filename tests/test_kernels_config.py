@@ -65,7 +65,7 @@ def test_attention_lowers_for_two_tpus_that_share_a_batch():
     changes = recipe.shape("transformer", 128) | {"model.vocab_size": 32, "model.layers": 1, "kernels": "splash"}
     model = override(base(), changes).model
     mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    graphdef, params = models.abstract(model, mesh=mesh, shards=2, kernels="splash")
+    graphdef, params = models.abstract(model, mesh=mesh, kernels="splash")
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32, sharding=rows)
     step = jax.jit(jax.grad(lambda params, x: jnp.sum(models.merge(graphdef, params).nll(x, x)[0])))

@@ -18,6 +18,7 @@ from pallas_kernels.grouped_matmul import places, reference, swiglu, tpu, xla
 
 KERNELS = ("mosaic_gpu", "mosaic_tpu")
 KERNEL_TILE = 128  # the height of tiles that they take
+RUN = 32  # rows that `ranks` compares with one another
 
 
 class Layout(NamedTuple):
@@ -48,12 +49,16 @@ def padded_rows(rows: int, groups: int) -> int:
 
 
 def ranks(group: Int[Array, " M"], groups: int) -> tuple[Int[Array, " M"], Int[Array, " groups"]]:
-    """(how many earlier rows each row's group has, size of each group). Rows of group `groups` are in none."""
-    sizes = jnp.sum(group[:, None] == jnp.arange(groups), axis=0, dtype=jnp.int32)
-    order = jnp.argsort(group, stable=True)
-    first = jnp.append(jnp.cumsum(sizes) - sizes, jnp.sum(sizes))
-    in_order = jnp.arange(group.size, dtype=jnp.int32) - first[group[order]]
-    return jnp.zeros_like(in_order).at[order].set(in_order, unique_indices=True), sizes
+    """(how many earlier rows each row's group has, size of each group). Rows of group `groups` are in none; what is
+    said of them means nothing."""
+    # Rows are compared in runs, in front of which every group is counted: no sort, and no scatter.
+    runs = jnp.pad(group, (0, -group.size % RUN), constant_values=groups).reshape(-1, RUN)
+    earlier = jnp.arange(RUN)[:, None] > jnp.arange(RUN)
+    inside = jnp.sum((runs[:, :, None] == runs[:, None]) & earlier, axis=2, dtype=jnp.int32)
+    counts = jnp.sum(runs[..., None] == jnp.arange(groups), axis=1, dtype=jnp.int32)
+    until = jnp.cumsum(counts, axis=0)
+    before = jnp.take_along_axis(until - counts, runs, axis=1, mode="fill", fill_value=0)
+    return (inside + before).reshape(-1)[: group.size], jnp.sum(counts, axis=0)
 
 
 def layout(group: Int[Array, " M"], groups: int, tile: int = 0) -> Layout:
@@ -149,13 +154,11 @@ def ragged_matmul(
     return collect(xla.grouped_matmul(spread(x, plan), w, plan.group), plan).astype(x.dtype)
 
 
-def choose(x: Array, w: Array, kernels: str = "auto", devices: int = 1) -> str:
-    """The implementation that runs for rows like x (..., D) with w (G, D, F), to be named in the calls. `devices`:
-    that many share one program, which the compiler splits. Raises as `dispatch.explain`."""
+def choose(x: Array, w: Array, kernels: str = "auto") -> str:
+    """The implementation that runs for rows like x (..., D) with w (G, D, F), to be named in the calls. Raises as
+    `dispatch.explain`."""
 
     def refusal(name: str) -> str:
-        if devices > 1:
-            return f"runs on one device, not on {devices} that share a batch"
         if name == "mosaic_gpu" and (reason := compat.without_mosaic_gpu()):
             return reason
         return _form(name).refusal(x, w)

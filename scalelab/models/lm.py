@@ -319,10 +319,9 @@ def build(config: Any, rngs: nnx.Rngs, **way: Any) -> LanguageModel:
     """The model of a config (its `model` section, vocabulary known), parameters drawn. Raises `BadInput`.
 
     `way`: how its passes run, none of which changes the parameters. `training`: as in training, where that makes a
-    difference (experts with a capacity). `shards`: devices that share a batch, neighbouring rows each; it says only
-    what should stay together. `kernels`: which implementations, as in `pallas_kernels.dispatch`. `mesh`: where a batch
-    is shared and kernels run, which the compiler cannot split. `unroll`: repeats of the period that the program writes
-    out one by one; the rest is a loop.
+    difference (experts with a capacity). `kernels`: which implementations, as in `pallas_kernels.dispatch`. `mesh`: of
+    the devices that share a batch, neighbouring rows each: the compiler cannot split kernels, and what sorts tokens it
+    would move. `unroll`: repeats of the period that the program writes out one by one; the rest is a loop.
     """
     spec = dataclasses.replace(resolve(config), **way)
     tensors = jax.tree_util.tree_leaves_with_path(LanguageModel.tensors(spec))

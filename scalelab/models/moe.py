@@ -141,11 +141,8 @@ class MoE(ChannelMixer):
             if o.capacity and spec.training:
                 kept = within_capacity(chosen, o.experts, o.capacity)
             aux["dropped"] = jnp.sum(kept == o.experts, dtype=F32)
-        # Every device sorts its own tokens.
-        shards = spec.shards
-        parts = (a.reshape(shards, -1, a.shape[-1]) for a in (x, kept, w))
-        y = jax.vmap(self._experts)(*parts) if shards > 1 else self._experts(*(a[0] for a in parts))
-        y = y.reshape(x.shape)
+        matrices = (self.weight(name) for name in ("gate", "up", "down"))
+        y = self.per_row(experts, shared=(3, 4, 5))(x, kept, w, *matrices)  # every device sorts its own tokens
         if o.shared:
             h = swiglu(linear(x, self.weight("shared_gate")), linear(x, self.weight("shared_up")))
             y = y + linear(h, self.weight("shared_down"))
@@ -174,17 +171,6 @@ class MoE(ChannelMixer):
         best = jnp.sum(jnp.sort(by_group, axis=-1)[..., -2:], axis=-1)
         stay = jnp.any(one_hot(top(best, o.top_groups), o.groups), axis=-2)
         return jnp.broadcast_to(stay[..., None], by_group.shape).reshape(scores.shape)
-
-    def _experts(self, x: Float[Array, "n D"], chosen: Int[Array, "n k"], w: Float[Array, "n k"]) -> Array:
-        """sum_e w_e Expert_e(x), float32: the weights go into the last product. A choice of expert Ne is none."""
-        gate, up, down = (self.weight(name) for name in ("gate", "up", "down"))
-        form = gmm.choose(x, down.swapaxes(1, 2), self.spec.kernels, self.spec.shards)
-        plan = gmm.layout(chosen.reshape(-1), len(up), gmm.tile_height(chosen.size, len(up), form))
-        rows, weights = gmm.spread(x, plan, form), gmm.spread_numbers(w.reshape(-1), plan)
-        # One product for both: it reads the rows once, and writes their gradient once.
-        both = gmm.grouped_matmul(rows, jnp.concatenate([gate, up], axis=2), plan.group, kernels=form)
-        out = gmm.grouped_matmul(gmm.weighted_swiglu(both, weights, form), down, plan.group, kernels=form)
-        return gmm.collect(out, plan, chosen.shape[1], form)
 
     def _statistics(self, logits: Float[Array, "B T Ne"], chosen: Int[Array, "B T k"]) -> dict[str, Array]:
         o = self.options
@@ -254,6 +240,27 @@ class MoE(ChannelMixer):
             "drop_rate": counters["dropped"] / choices,
             "load": f,
         }
+
+
+def experts(
+    x: Float[Array, "*b D"],
+    chosen: Int[Array, "*b k"],
+    w: Float[Array, "*b k"],
+    gate: Float[Array, "Ne D Fe"],
+    up: Float[Array, "Ne D Fe"],
+    down: Float[Array, "Ne Fe D"],
+    *,
+    kernels: str = "auto",
+) -> Float[Array, "*b D"]:
+    """sum_e w_e Expert_e(x), float32: the weights go into the last product. A choice of expert Ne is none."""
+    flat = x.reshape(-1, x.shape[-1])
+    form = gmm.choose(flat, down.swapaxes(1, 2), kernels)
+    plan = gmm.layout(chosen.reshape(-1), len(up), gmm.tile_height(chosen.size, len(up), form))
+    rows, weights = gmm.spread(flat, plan, form), gmm.spread_numbers(w.reshape(-1), plan)
+    # One product for both: it reads the rows once, and writes their gradient once.
+    both = gmm.grouped_matmul(rows, jnp.concatenate([gate, up], axis=2), plan.group, kernels=form)
+    out = gmm.grouped_matmul(gmm.weighted_swiglu(both, weights, form), down, plan.group, kernels=form)
+    return gmm.collect(out, plan, chosen.shape[-1], form).reshape(x.shape)
 
 
 def top(scores: Float[Array, "*b n"], k: int) -> Int[Array, "*b k"]:

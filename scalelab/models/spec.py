@@ -69,11 +69,10 @@ class Spec:
     embed_multiplier: float
     logit_multiplier: float
     recursion: RecursionOptions
-    # Not of the model, but of the pass: whether it is a training one, how many devices share the batch, which
-    # implementations of the kernels it takes (`pallas_kernels.dispatch`), the mesh where kernels are to be told of
-    # those devices (`pallas_kernels.devices`), and how many of the repeats the program writes out one by one.
+    # Not of the model, but of the pass: whether it is a training one, which implementations of the kernels it takes
+    # (`pallas_kernels.dispatch`), the mesh of the devices that share the batch (`pallas_kernels.devices`), and how many
+    # of the repeats the program writes out one by one.
     training: bool = False
-    shards: int = 1
     kernels: str = "auto"
     mesh: Mesh | None = None
     unroll: int = 1

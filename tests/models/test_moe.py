@@ -358,7 +358,7 @@ def step(scope, parts, shards):
     config = override(base(), {"model.vocab_size": 48, "model.width": 16, "model.layers": 2, "model.loss_chunk": 64,
         "model.compute_dtype": "float32", "model.attention.head_dim": 4, "model.blocks": (("attention", "moe"),),
         "model.moe.experts": 4, "model.moe.hidden": 8, "model.moe.lbl": 3.0, "model.moe.lbl_scope": scope,
-        "model.moe.bias_rate": 0.01, "model.init": "fan_in", "train.accum_steps": parts})
+        "model.moe.capacity": 1.5, "model.moe.bias_rate": 0.01, "model.init": "fan_in", "train.accum_steps": parts})
     nll = update.make_nll(config, config.model, 0, training=True, mesh=mesh if shards > 1 else None)
     params = jax.jit(lambda key: models.init(config.model, key))(jax.random.key(0))
     state, batch = update.TrainState(params, optax.identity().init(params), jnp.zeros((), jnp.int32)), rows

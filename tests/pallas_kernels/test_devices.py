@@ -13,6 +13,7 @@ from functools import partial
 from pallas_kernels import delta_rule, dispatch, gated_recurrence, gla, mlstm, selective_scan, slstm
 import pallas_kernels.selective_scan.tpu
 from pallas_kernels.devices import per_device
+from scalelab.models.moe import experts
 from tests.pallas_kernels.delta_rule import kernel_checks as of_delta_rule
 from tests.pallas_kernels.gated_norm import kernel_checks as of_gated_norm
 from tests.pallas_kernels.gated_recurrence import kernel_checks as of_gated_recurrence
@@ -26,6 +27,13 @@ small = dict(T=5, B=8, dk=16, dv=16, dtype=jnp.float32)
 arrays, state, (d_h, d_C, d_n), reset = of_mlstm.inputs(**small)
 cell = (*arrays, state), (d_h, mlstm.State(d_C, d_n, jnp.zeros_like(state.m))), reset
 scan, plain = of_selective_scan.inputs(8, 5, 4, 3), of_short_conv.inputs(8, 5, 6, 4)
+draw = iter(np.random.default_rng(0).normal(size=(7, 2 * 128 * 128)).astype(np.float32))
+def numbers(*shape):
+    return jnp.asarray(next(draw)[: np.prod(shape)].reshape(shape)) / 8
+mixture = numbers(8, 3, 128), numbers(8, 3, 2), numbers(2, 128, 128), numbers(2, 128, 128), numbers(2, 128, 128)
+chosen = jnp.asarray(np.random.default_rng(1).integers(0, 3, (8, 3, 2)), jnp.int32)  # 2 experts and none
+def of_experts(x, w, gate, up, down, chosen, *, kernels):
+    return experts(x, chosen, w, gate, up, down, kernels=kernels)
 cases = [  # an operation of (*arrays, documents), what is not cut, form, (arrays, cotangents, documents)
     (delta_rule.delta_rule, (), "mosaic_tpu", of_delta_rule.inputs(**small)),
     (gated_recurrence.gated_recurrence, (), "mosaic_tpu", of_gated_recurrence.inputs(**small)),
@@ -36,6 +44,7 @@ cases = [  # an operation of (*arrays, documents), what is not cut, form, (array
     (slstm.slstm, (1,), "mosaic_tpu", of_slstm.inputs(8, 3, 1, 8)),
     (of_short_conv.several, (2, 3), "xla", plain),
     (of_gated_norm.whole, (3, 4), "xla", (*of_gated_norm.inputs(8, 5, 6, 2), None)),
+    *((of_experts, (2, 3, 4), form, (mixture, numbers(8, 3, 128), chosen)) for form in ("mosaic_tpu", "xla")),
 ]
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 rows, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -85,7 +94,7 @@ for name, shape in shapes.items():
     config = override(base(), {**shape, **fixed}).model
     params = models.init(config, jax.random.key(0))
     found = {}
-    for way in ({}, {"mesh": mesh, "shards": 8}):
+    for way in ({}, {"mesh": mesh}):
         graphdef, _ = models.abstract(config, **way)
         def loss(params, tokens, segments):
             return jnp.sum(models.merge(graphdef, params).nll(tokens, tokens, segments)[0])

@@ -90,7 +90,8 @@ def test_what_does_not_fit_is_refused_with_its_reason(monkeypatch):
     assert "soft cap" in cudnn.refusal(*half, 30.0)
     assert "head widths" in cudnn.refusal(*(jnp.pad(a, [(0, 0)] * 3 + [(0, 3)]) for a in half), 0.0)
     assert "multiples of 128" in splash.refusal(q, k)
-    assert "even numbers" in cudnn.refusal(*(a.astype(jnp.bfloat16) for a in inputs(9, 12)[:2]), 0.0)
+    assert "an even number of keys before" in cudnn.refusal(*(a.astype(jnp.bfloat16) for a in inputs(9, 12)[:2]), 0.0)
+    assert cudnn.refusal(*(a.astype(jnp.bfloat16) for a in inputs(9, 11)[:2]), 0.0) == ""
     wide = [a.astype(jnp.bfloat16) for a in inputs(8, d=192)[:2]]
     assert cudnn.refusal(*wide, 0.0) == ""
     monkeypatch.setattr(dispatch, "device", lambda: dispatch.Device("gpu", "NVIDIA A100", "8.0"))
@@ -107,14 +108,17 @@ def test_the_mask_that_cudnn_gets_is_the_definitions():
 
     def plain(*arrays, implementation, **options):
         asked["implementation"] = implementation
+        assert all(a.shape[1] % 2 == 0 for a in arrays)
         return nn(*arrays, implementation="xla", **options)
 
     nn = jax.nn.dot_product_attention
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.nn, "dot_product_attention", plain)
-        for T, K, window, packed in [(8, 8, 0, False), (8, 8, 3, False), (8, 8, 3, True), (8, 10, 0, False)]:
+        for T, K, window, packed in [(8, 8, 0, False), (8, 8, 3, False), (8, 8, 3, True), (8, 10, 0, False),
+                                     (7, 7, 0, False), (1, 1, 0, False), (7, 7, 3, True), (7, 9, 0, True)]:  # fmt: skip
             arrays, ids = inputs(T, K), documents(T) if packed else None
-            got = cudnn.attention(*arrays, ids, window, 0.0, 0.3)
-            want = reference.attention(*arrays, ids, window, 0.0, 0.3)
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+            got = both(lambda *a, ids=ids, w=window: cudnn.attention(*a, ids, w, 0.0, 0.3), arrays)
+            want = both(lambda *a, ids=ids, w=window: reference.attention(*a, ids, w, 0.0, 0.3), arrays)
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert asked["implementation"] == "cudnn"
