@@ -237,7 +237,8 @@ ADDED_LATER |= {
     "model.mup.logit_multiplier": 1.0,
     "optim.decay_exponent": 1.0,
 }
-# Defaults that changed, (former, new), where the value is one of speed: a run has the same id under either.
+# Defaults that changed, (former, new), where the value is one of speed and, beyond that, of rounding alone, as the mesh
+# is: a run has the same id under either, lest an upgrade train finished studies again.
 CHANGED_LATER: dict[str, tuple[Any, Any]] = {"model.loss_chunk": (1024, 2048)}
 
 # ------------------------------------------------------------------------------------------------ validation

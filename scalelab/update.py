@@ -37,8 +37,7 @@ def make_nll(
     config: Config, model: Config, bos: int, *, training: bool = False, mesh: Mesh | None = None
 ) -> Callable[[Any, Int[Array, "B T+1"]], tuple[Float[Array, "B T"], Float[Array, "B T"], Any]]:
     """(params, rows) -> negative log-likelihood in nats and log-sum-exp of the logits, per target token, and aux."""
-    way: dict[str, Any] = {"training": training, "kernels": config.kernels, "unroll": unrolled(config)}
-    graphdef, _ = models.abstract(model, mesh=mesh, **way)
+    graphdef, _ = models.abstract(model, training=training, kernels=config.kernels, mesh=mesh, unroll=unrolled(config))
 
     def nll(params: Any, rows: Int[Array, "B T+1"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Any]:
         inputs, targets = data.split_rows(rows)

@@ -10,9 +10,9 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # half the time; newer ones abort at flags they dropped
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # A user's style sheet or list of fonts, perhaps of another matplotlib, changes no figure of a test.
 os.environ["MPLCONFIGDIR"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "matplotlib")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax  # after the settings that it reads
 import pytest

@@ -250,7 +250,7 @@ def experts(
     up: Float[Array, "Ne D Fe"],
     down: Float[Array, "Ne Fe D"],
     *,
-    kernels: str = "auto",
+    kernels: str,
 ) -> Float[Array, "*b D"]:
     """sum_e w_e Expert_e(x), float32: the weights go into the last product. A choice of expert Ne is none."""
     flat = x.reshape(-1, x.shape[-1])
