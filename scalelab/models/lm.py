@@ -247,11 +247,15 @@ class LanguageModel(nnx.Module):
 
         def through(part: str, x: Array, rows: Rows, states: Any) -> tuple[Array, Any, Any]:
             graphdef, params = split(getattr(self, part))
-            loop = part == "period"
-            if loop and self.spec.training and self.spec.dtype != jnp.float32:
+            repeated = part == "period"
+            if repeated and self.spec.training and self.spec.dtype != jnp.float32:
                 params = jax.tree.map(cast, LanguageModel.tensors(self.spec)[part], params)
-            body, xs = _remat(partial(run, graphdef, rows), self.spec.remat), (params, states)
-            x, (after, aux) = jax.lax.scan(body, x, xs, unroll=self.spec.unroll) if loop else body(x, xs)
+            loop = repeated and self.spec.unroll < self.spec.repeats
+            body, xs = _remat(partial(run, graphdef, rows), self.spec.remat, loop), (params, states)
+            if loop:
+                x, (after, aux) = jax.lax.scan(body, x, xs, unroll=self.spec.unroll)
+            else:
+                x, (after, aux) = _written_out(body, x, xs) if repeated else body(x, xs)
             return x, after, aux
 
         after, aux = {}, {}
@@ -285,12 +289,12 @@ def _blocks(spec: Spec, blocks: tuple[BlockSpec, ...], draw: Source, lead: tuple
     return nnx.Dict({str(i): Block(spec, block, draw, lead) for i, block in enumerate(blocks)})
 
 
-def _remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
+def _remat(body: Callable[..., Any], policy: str, loop: bool) -> Callable[..., Any]:
     """none: keep all that the backward pass wants; dots: matrix products of weights; full: only the blocks' inputs."""
     if policy == "none":
         return body
     saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return jax.checkpoint(body, policy=saved, prevent_cse=False)
+    return jax.checkpoint(body, policy=saved, prevent_cse=not loop)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -304,6 +308,37 @@ _cast.defvjp(
     lambda dtype, a: (_cast(dtype, a), None),
     lambda dtype, _, d: (jax.lax.optimization_barrier(d).astype(jnp.float32),),
 )
+
+
+def _written_out(body: Callable[..., Any], x: Array, xs: Any) -> tuple[Array, Any]:
+    """What `jax.lax.scan` gives, without a loop, which would put the layers' gradients together by one pass over all
+    of them: a third of the memory's rate."""
+    body = jax.jit(body, inline=True)  # traced once for all layers
+    leaves, tree = jax.tree.flatten(xs)
+    found = []
+    for layer in zip(*map(cut, leaves), strict=True):
+        x, ys = body(x, jax.tree.unflatten(tree, layer))
+        found.append(ys)
+    return x, jax.tree.map(lambda *each: jnp.stack(each), *found)
+
+
+@jax.custom_vjp
+def cut(a: Array) -> list[Array]:
+    """The layers of a stacked array, whose gradients of a MB and more are written each to its place: small ones are
+    stacked in one pass, since every pass costs a microsecond or two."""
+    return list(a)
+
+
+def _cut_backward(_: None, d: list[Array]) -> tuple[Array]:
+    if d[0].nbytes < 2**20:
+        return (jnp.stack(d),)
+    whole = jnp.zeros((len(d), *d[0].shape), d[0].dtype)
+    for i, layer in enumerate(d):
+        whole = jax.lax.dynamic_update_index_in_dim(whole, layer, i, axis=0)
+    return (whole,)
+
+
+cut.defvjp(lambda a: (cut(a), None), _cut_backward)
 
 
 def _sum_of_losses(aux: dict[str, Any]) -> Float[Array, ""]:
