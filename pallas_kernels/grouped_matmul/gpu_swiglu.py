@@ -23,24 +23,24 @@ from pallas_kernels.grouped_matmul.xla import F32
 from pallas_kernels.population import folded
 
 PIECE = 64  # columns that are worked on at once: two of each lane
-ROWS = 8  # of a tile: two of each warp
+WARPS = 4
 SLOTS = 3  # tiles in shared memory: one that is worked on, one that arrives, and one that arrives or leaves
-AT_WORK = 4  # blocks that a multiprocessor has at once at most
+AT_WORK = 4  # blocks that a multiprocessor has at once, at most
 SHARED = 220 * 1024  # bytes of a multiprocessor
 # (rows, columns of a piece): rows over the warps, columns over the lanes
-LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((4, PIECE), (2,))), (-3,), (-2,), -1)
+LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, PIECE), (2,))), (-3,), (-2,), -1)
 
 
 def fits(both: Array) -> bool:
     """Whether the kernel takes such an array."""
-    rows, columns = math.prod(both.shape[:-1]), both.shape[-1] // 2
-    right = both.dtype == jnp.bfloat16 and rows > 0 and rows % ROWS == columns % PIECE == 0
-    return right and bytes_of(columns) <= SHARED
+    R, F = math.prod(both.shape[:-1]), both.shape[-1] // 2
+    right = both.dtype == jnp.bfloat16 and R > 0 and R % (2 * WARPS) == F % PIECE == 0
+    return right and bytes_of(WARPS, F) <= SHARED
 
 
-def bytes_of(columns: int) -> int:
-    """Of shared memory, of a block."""
-    return SLOTS * ROWS * columns * 3 * 2
+def bytes_of(rows: int, F: int) -> int:
+    """Of shared memory, of a block with tiles of so many rows."""
+    return SLOTS * rows * F * 3 * 2
 
 
 def gradients(
@@ -53,8 +53,9 @@ def gradients(
 
 def _gradients(both: Float[Array, "R 2*F"], w: Float[Array, " R"], d: Float[Array, "R F"]) -> tuple[Array, Array]:
     R, F = d.shape
-    pieces, tiles = F // PIECE, R // ROWS
-    at_work = min(AT_WORK, SHARED // bytes_of(F))
+    rows = 2 * WARPS if 2 * bytes_of(2 * WARPS, F) <= SHARED else WARPS
+    pieces, tiles = F // PIECE, R // rows
+    at_work = min(AT_WORK, SHARED // bytes_of(rows, F))
     blocks = min(tiles, 2 if dispatch.interpret() else at_work * cores())
 
     def kernel(both_g, w_g, d_g, d_both_g, d_w_g, gate_s, up_s, d_s, arrived):
@@ -62,11 +63,12 @@ def _gradients(both: Float[Array, "R 2*F"], w: Float[Array, " R"], d: Float[Arra
         mine = lax.div(tiles - 1 - block, jnp.int32(blocks)) + 1
 
         def rows_of(n: Any) -> Any:
-            return pl.ds((block + n * blocks) * ROWS, ROWS)
+            return pl.ds((block + n * blocks) * rows, rows)
 
         def fetch(n: Any) -> None:
             slot = lax.rem(n, jnp.int32(SLOTS))
-            for g, s in ((both_g.at[rows_of(n), 0], gate_s), (both_g.at[rows_of(n), 1], up_s), (d_g.at[rows_of(n)], d_s)):
+            here = rows_of(n)
+            for g, s in ((both_g.at[here, 0], gate_s), (both_g.at[here, 1], up_s), (d_g.at[here], d_s)):
                 plgpu.copy_gmem_to_smem(g, s.at[slot], arrived.at[slot])
 
         for n in range(SLOTS - 1):
@@ -75,9 +77,9 @@ def _gradients(both: Float[Array, "R 2*F"], w: Float[Array, " R"], d: Float[Arra
         def one_tile(n: Any, weight: Array) -> Array:
             slot = lax.rem(n, jnp.int32(SLOTS))
             later = weights(jnp.minimum(n + 1, mine - 1))  # on its way while this tile is worked on
-            wide = lax.broadcast_in_dim(weight, (ROWS, PIECE), (0,))
+            wide = lax.broadcast_in_dim(weight, (rows, PIECE), (0,))
             plgpu.barrier_wait(arrived.at[slot])
-            d_w = plgpu.layout_cast(jnp.zeros((ROWS, PIECE), F32), LAYOUT)
+            d_w = plgpu.layout_cast(jnp.zeros((rows, PIECE), F32), LAYOUT)
             for j in range(pieces):
                 refs = [s.at[slot, :, j] for s in (gate_s, up_s, d_s)]
                 gate, up, d = (compat.gpu_load(ref, LAYOUT).astype(F32) for ref in refs)
@@ -111,7 +113,7 @@ def _gradients(both: Float[Array, "R 2*F"], w: Float[Array, " R"], d: Float[Arra
         kernel,
         out_type=[jax.ShapeDtypeStruct((R, 2, pieces, PIECE), both.dtype), jax.ShapeDtypeStruct(w.shape, F32)],
         scratch_types=[
-            *[plgpu.SMEM((SLOTS, ROWS, pieces, PIECE), both.dtype)] * 3,
+            *[plgpu.SMEM((SLOTS, rows, pieces, PIECE), both.dtype)] * 3,
             plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
         ],
         grid=(blocks,),
