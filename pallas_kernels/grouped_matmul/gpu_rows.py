@@ -1,6 +1,9 @@
 """Copies of rows on Hopper GPUs: TMA moves each from its place to shared memory, and many together to theirs.
 
 XLA's gather works an address out for every element, which takes twice as long as the bytes do.
+
+Every row is wanted by several groups. In the order of the places, a group after the other, it would be read for each of
+them anew; tiles of places are taken in the order of their first rows, so that it is still in the cache.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pallas_kernels import compat, dispatch
 SHARED = 48 * 1024  # bytes of a block: four share a multiprocessor, which hides how long a row takes to arrive
 LARGEST = 256  # what one copy takes along an axis
 ALIGNED = 8  # columns: 16 bytes
+TILE = 128  # places that are taken one after the other: a tile of the mixture's layout, whose rows are of one group
 
 
 @jax.custom_batching.custom_vmap
@@ -28,10 +32,13 @@ def gather(x: Float[Array, "n D"], index: Int[Array, "*i"]) -> Float[Array, "*i 
     inner = max(d for d in range(ALIGNED, LARGEST + 1, ALIGNED) if D % d == 0)
     rows = max(2**i for i in range(6) if 2**i * 2 * D <= SHARED or i == 0)
     shape, flat = (D // inner, inner), index.reshape(-1).astype(jnp.int32)
-    flat = jnp.pad(flat, (0, -flat.size % rows))
+    flat = jnp.pad(flat, (0, -flat.size % TILE))
+    order = jnp.argsort(flat[::TILE])  # of equal ones the first place first
+    blocks = TILE // rows  # of a tile
 
-    def kernel(x_g, none_g, index_g, y_g, rows_s, arrived):
-        first = lax.axis_index("block") * rows
+    def kernel(x_g, none_g, index_g, order_g, y_g, rows_s, arrived):
+        block = lax.axis_index("block")
+        first = order_g[lax.div(block, jnp.int32(blocks))] * TILE + lax.rem(block, jnp.int32(blocks)) * rows
         # All indices before the first copy, behind which the compiler would move no load.
         for i, source in enumerate([index_g[first + i] for i in range(rows)]):
             for there, row in ((source < n, x_g.at[source]), (source >= n, none_g)):
@@ -50,7 +57,8 @@ def gather(x: Float[Array, "n D"], index: Int[Array, "*i"]) -> Float[Array, "*i 
         interpret=compat.gpu_interpreter() if dispatch.interpret() else None,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
-    return run(x.reshape(n, *shape), jnp.zeros(shape, x.dtype), flat)[: index.size].reshape(*index.shape, D)
+    y = run(x.reshape(n, *shape), jnp.zeros(shape, x.dtype), flat, order.astype(jnp.int32))
+    return y[: index.size].reshape(*index.shape, D)
 
 
 @gather.def_vmap

@@ -113,6 +113,18 @@ def test_rows_are_copied(n, D):
 
 
 @needs_interpreter
+def test_tiles_of_rows_are_copied_in_any_order():
+    """Whose first rows come in another order than they do, some of them of none."""
+    from pallas_kernels.grouped_matmul import gpu_rows
+
+    x, index = inputs(7, 832), jnp.asarray(np.random.default_rng(2).integers(0, 7, 4 * gpu_rows.TILE - 50), jnp.int32)
+    index = index.at[:: gpu_rows.TILE].set(jnp.asarray([5, 9, 0, 5])).at[3 * gpu_rows.TILE :].set(9)
+    with dispatch.interpreted():
+        got = gpu_rows.gather(x, index)
+    np.testing.assert_array_equal(got, jnp.take(x, index, axis=0, mode="fill", fill_value=0))
+
+
+@needs_interpreter
 def test_copies_of_rows_lower_at_the_shapes_of_training():
     from pallas_kernels.grouped_matmul import gpu_rows
 
@@ -169,7 +181,7 @@ def gate_gradients(form):
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("rows", "F"), [(64, 64), (448, 192), (256, 320)])
+@pytest.mark.parametrize(("rows", "F"), [(8, 64), (88, 192), (64, 320), (16, 832)])
 def test_the_gates_gradients(rows, F):
     both, w, d = gate_problem(rows, F)
     with dispatch.interpreted():
