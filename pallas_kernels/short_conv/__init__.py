@@ -21,9 +21,9 @@ def short_conv(
     x before the first token. Where `seen` is false at (j, t), tap j is left out for token t: what it would reach
     belongs to another document. None: every token sees all K - 1 before it.
 
-    Precision: sums are float32, silu takes them in x's dtype. By the kernel the gradient through silu is float32, by
-    the plain form it is in x's dtype. FLOPs: 2 K E a token. Memory between the passes: the inputs alone; the backward
-    pass works the sums out again. The forward pass is XLA's on every device, whose one pass over x has nothing to gain.
+    Precision: sums are float32. By the kernels silu and the gradient through it are float32, by the plain form, which
+    is also what the kernels leave fewer than 8 tokens to, they are in x's dtype. FLOPs: 2 K E a token. Memory between
+    the passes: the inputs alone; the backward pass works the sums out again.
     Raises `ValueError` for `kernels` of no form; `dispatch.Unsupported`, which is one too, where the form that
     `kernels` names does not take the arguments.
     Source: Fu et al. 2022 (arXiv 2212.14052); in this place and with silu, Gu & Dao 2023 (arXiv 2312.00752), figure 3.
