@@ -53,6 +53,13 @@ class Form(NamedTuple):
     L: int  # tokens of a chunk, of which the widths of heads are multiples too
     unit: int  # the walk takes a multiple of so many tokens
     widest: Callable[[int], int]  # values of a head worked on at once in the backward pass, of so many
+    # gradients of keys that heads share, without walks (`gpu_shared`), and whether it takes such widths
+    shared: Callable[..., dict[str, Array]] | None = None
+    shared_fit: Callable[[int, int], bool] = lambda dk, dv: False
+
+    def sums_heads(self, q: Array, v: Array) -> bool:
+        """Whether `shared` is for such queries and values."""
+        return self.shared is not None and q.shape[2] < v.shape[2] and self.shared_fit(q.shape[3], v.shape[3])
 
     def sweep(
         self, q: Array, k: Array, v: Array, gates: Gates, state: Array, *, arrays: Any = None, **options: Any
@@ -80,20 +87,25 @@ def gated_recurrence(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recurrence(form: Form, *arguments: Any) -> Any:
+    form = form._replace(shared=None)  # no gradients: no states are wanted
     return _forward(form, *arguments)[0]
 
 
 def _forward(
     form: Form, q: Array, k: Array, v: Array, log_decay: Array, weight: Array | None, state: Array, reset: Array | None
 ) -> Any:
-    swept = form.sweep(q, k, v, gates_of(log_decay, weight, reset, form.L), state)
-    return (swept["out"], swept["final"]), (q, k, v, log_decay, weight, state, reset)
+    swept = form.sweep(q, k, v, gates_of(log_decay, weight, reset, form.L), state, keep=form.sums_heads(q, v))
+    return (swept["out"], swept["final"]), (q, k, v, log_decay, weight, state, reset, swept.get("states"))
 
 
 def _backward(form: Form, kept: Any, cotangents: Any) -> Any:
-    q, k, v, log_decay, weight, state, reset = kept
+    q, k, v, log_decay, weight, state, reset, states = kept
     gates = gates_of(log_decay, weight, reset, form.L)
-    d_q, along_k, d_k, d_v, d_log_decay, d_state = gradients(form, q, k, v, gates, state, *cotangents)
+    if states is None:
+        found = gradients(form, q, k, v, gates, state, *cotangents)
+    else:
+        found = gradients_of_shared_keys(form, q, k, v, gates, states, *cotangents)
+    d_q, along_k, d_k, d_v, d_log_decay, d_state = found
     d_log_decay, along_k = (jnp.moveaxis(a[..., : v.shape[1]], 1, 2) for a in (d_log_decay, along_k))
     # of the logarithm of w: what a token wrote is proportional to w and to k alike
     d_weight = None if weight is None else along_k * math.log(2)
@@ -140,6 +152,19 @@ def gradients(
         cross += jnp.sum(shares[0] * shares[1], axis=-1)
     d_log_decay = _decay_gradient(gates["carried"], q_sums, k_sums, cross)
     return of_groups(d_q["out"], q), k_sums.sum(axis=2), of_groups(d_k["out"], k), d_v, d_log_decay, d_state
+
+
+def gradients_of_shared_keys(
+    form: Form, q: Array, k: Array, v: Array, gates: Gates, states: Array, d_out: Array, d_final: Array
+) -> tuple[Array, ...]:
+    """As `gradients`, with the states before each chunk, where heads share keys. What a token writes into the state is
+    in proportion to k and to v alike, so of what comes by the state k . dk is v . dv, which the walk for d_v gives."""
+    swept = form.sweep(k, q, d_out, gates, d_final, arrays={"weigh": v}, reverse=True, keep=True)
+    assert form.shared
+    found = population.folded(form.shared)(q, k, v, d_out, gates, states, swept["states"])
+    k_sums = jnp.stack([swept["sums"][:, :, :, 0].sum(axis=2), found["k_sums"]], axis=2)
+    d_log_decay = _decay_gradient(gates["carried"], found["q_sums"], k_sums, found["cross"].sum(axis=-1))
+    return found["d_q"], k_sums.sum(axis=2), found["d_k"], swept["out"], d_log_decay, swept["final"]
 
 
 def padded(a: Array, unit: int, fill: float = 0.0) -> Array:

@@ -21,6 +21,8 @@ def kernel(*args):
     [
         ({"T": 70, "B": 2}, "mild", True),  # a chunk and 6 tokens
         ({"T": 66, "H": 2, "dk": 128}, "mixed", False),  # heads that share a key
+        ({"T": 130, "H": 6, "G": 2, "B": 2}, "mild", True),  # three each, so that a head takes another's place
+        ({"T": 66, "H": 2, "dv": 128}, "mild", False),  # of values too wide to sum the heads in the kernel
         ({"T": 1, "dv": 192}, "open", False),  # one token; values in pieces
         ({"T": 16}, "closed", True),
         ({"T": 9, "dk": 24, "dv": 40}, "mild", True),  # widths are padded
