@@ -48,8 +48,8 @@ def gradients(
     before: Float[Array, "B H C K V"],
     behind: Float[Array, "B H C K V"],
 ) -> dict[str, Array]:
-    """d_q and d_k (B, T, G, K); of each head q_sums (B, H, 2, C L), q . dq by the state and in the chunk, and k_sums (B,
-    H, C L), k . dk in the chunk; cross (B, H, C, K): the sum of S dS for each key. `gates`: as `sweeps` says."""
+    """d_q and d_k (B, T, G, K); of each head q_sums (B, H, 2, C L), q . dq by the state and in the chunk, and k_sums
+    (B, H, C L), k . dk in the chunk; cross (B, H, C, K): the sum of S dS for each key. `gates`: as `sweeps` says."""
     (B, _, H, V), (G, K), dtype = v.shape, q.shape[2:], v.dtype
     order, stacked = list(gates), jnp.stack(list(gates.values()), axis=2)
     C, R, each = before.shape[2], len(order), H // G
@@ -119,6 +119,7 @@ def gradients(
                 @pl.when((wg == WEIGHTS) & (i + SLOTS < each))
                 def _():
                     plgpu.barrier_wait(free.at[slot])
+                    plgpu.commit_smem()  # what was read there was read before what is copied there
                     fetch(i + SLOTS)
 
                 return sums
@@ -161,6 +162,8 @@ def gradients(
                 return (M + weights,)
 
             (M,) = each_head(work, zeros(*SQUARE))
+            for i in range(max(each - SLOTS, 0), each):  # the last of them: every arrival has been waited for
+                plgpu.barrier_wait(free.at[i % SLOTS])
             M_s[...] = M.astype(dtype)
             plgpu.commit_smem()
             plgpu.barrier_arrive(M_there)
