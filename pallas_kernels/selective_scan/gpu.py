@@ -6,6 +6,8 @@ backward pass' sums goes through shared memory: the threads write their parts of
 in another layout and add: a store and a load of up to four numbers each, where shuffles take two instructions a number
 and round. The forward pass, which has few, is faster with shuffles. Tokens arrive in tiles by TMA, two in flight.
 
+Raw steps become steps once a tile, where each thread has numbers of its own: in the recurrence four threads share one.
+
 The forward pass writes the state before every span. The backward pass takes the spans from the last to the first, each
 once more forward, its states and decays in registers, and then backward. dB and dC are sums over channels: inside a
 block here, over the blocks in XLA.
@@ -109,6 +111,27 @@ def readers(N: int) -> tuple[Any, Any, Any]:
     return functools.partial(compat.gpu_load, layout=spread), wide, tall
 
 
+def softplus(x: Array) -> Array:
+    """Of small e log(1 + e) by its series: the fast logarithm is off by 2^-22, whatever its size."""
+    e = jnp.exp2(jnp.abs(x) * -math.log2(math.e))
+    series = e * (1.0 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e * (1 / 5)))))
+    return jnp.maximum(x, 0.0) + jnp.where(e < 1 / 16, series, jnp.log(1.0 + e))
+
+
+def slope(step: Array) -> Array:
+    """Of softplus where it is `step`: 1 - exp(-step), of small steps by the series."""
+    series = step * (1.0 - step * (1 / 2 - step * (1 / 6 - step * (1 / 24))))
+    return jnp.where(step < 1 / 16, series, 1.0 - jnp.exp2(step * -math.log2(math.e)))
+
+
+def steps_of(raw: Any, bias: Any, N: int) -> Array:
+    """Of a tile, in a layout in which every number is worked out once."""
+    by_channel = sums_layout(N)
+    shape = (TILE, *state_shape(N)[:3])
+    b = over(compat.gpu_load(bias, by_channel.reduce((0, 4))), shape, 1, 2, 3)
+    return softplus(compat.gpu_load(raw, by_channel.reduce((4,))).astype(F32) + b)
+
+
 def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int]) -> Any:
     return plgpu.kernel(
         body,
@@ -126,9 +149,10 @@ def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int]) 
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
-def forward(u, dt, A, B, C, start, *forget, keep):
+def forward(u, dt, A, B, C, start, *forget, keep, bias=None):
     """[y, final state, and where `keep` the state before each span]."""
     (rows, T, E), N = u.shape, A.shape[2]
+    biased = [] if bias is None else [split(bias, 1, N)]
     tiles, members, group = T // TILE, rows // A.shape[0], span(N)
     shape, spans = state_shape(N), TILE // group
     read, wide, tall = readers(N)
@@ -136,9 +160,11 @@ def forward(u, dt, A, B, C, start, *forget, keep):
     def kernel(*refs):
         u_g, dt_g, A_g, B_g, C_g, start_g, *refs = refs
         forget_g, refs = refs[: len(forget)], refs[len(forget) :]
+        bias_g, refs = refs[: len(biased)], refs[len(biased) :]
         y_g, final_g, *refs = refs
         states_g, refs = (refs[0], refs[1:]) if keep else (None, refs)
-        u_s, dt_s, B_s, C_s, y_s, arrived, *forget_s = refs
+        u_s, dt_s, B_s, C_s, y_s, arrived, *refs = refs
+        forget_s, steps_s = refs[: len(forget)], refs[len(forget) :]
         row, b = lax.axis_index("row"), lax.axis_index("block")
         mine = pl.ds(b * WARPS, WARPS)
 
@@ -153,13 +179,13 @@ def forward(u, dt, A, B, C, start, *forget, keep):
             fetch(i, i)
         log2_rates = read(A_g.at[row // members, mine])
 
-        def one_span(i, slot, k, h):
+        def one_span(i, slot, steps, k, h):
             if states_g is not None:
                 compat.gpu_store(states_g.at[row, i * spans + k, mine], h)
             first, seen = k * group, []
             for token in range(group):
                 now = first + token
-                step = wide(dt_s.at[slot, now])
+                step = wide(steps.at[now])
                 exponent = step * log2_rates
                 decay = jnp.exp2(exponent + forget_s[0][slot, now] if forget else exponent)
                 h = decay * h + step * wide(u_s.at[slot, now]) * tall(B_s.at[slot, now])
@@ -173,7 +199,12 @@ def forward(u, dt, A, B, C, start, *forget, keep):
             slot = lax.rem(i, 2)
             plgpu.barrier_wait(arrived.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            h = lax.fori_loop(0, spans, functools.partial(one_span, i, slot), h)
+            steps = dt_s.at[slot]
+            if biased:
+                compat.gpu_store(steps_s[0], steps_of(steps, bias_g[0].at[row // (rows // len(biased[0])), mine], N))
+                plgpu.commit_smem()
+                steps = steps_s[0]
+            h = lax.fori_loop(0, spans, functools.partial(one_span, i, slot, steps), h)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_s, y_g.at[row, pl.ds(i * TILE, TILE), mine])
 
@@ -194,18 +225,20 @@ def forward(u, dt, A, B, C, start, *forget, keep):
     scratch += [plgpu.SMEM((TILE, *shape[:3]), u.dtype)]
     scratch += [plgpu.Barrier(num_arrivals=4 + len(forget), num_barriers=2)]
     scratch += [plgpu.SMEM((2, TILE), F32) for _ in forget]
+    scratch += [plgpu.SMEM((TILE, *shape[:3]), F32) for _ in biased]
     run = launch(kernel, "selective_scan_forward", out, scratch, (rows, E // BLOCK))
     log2_rates, start = (split(a, 1, N) for a in (A * math.log2(math.e), start))
     B, C = (a.reshape(rows, T, *shape[3:]) for a in (B, C))
-    y, final, *states = run(split(u, 2, N), split(dt, 2, N), log2_rates, B, C, start, *forget)
+    y, final, *states = run(split(u, 2, N), split(dt, 2, N), log2_rates, B, C, start, *forget, *biased)
     return [y.reshape(rows, T, E), final.reshape(rows, E, N), *(s.reshape(rows, T // group, E, N) for s in states)]
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
 
 
-def backward(u, dt, A, B, C, states, dy, d_final, *forget):
+def backward(u, dt, A, B, C, states, dy, d_final, *forget, bias=None):
     (rows, T, E), N = u.shape, A.shape[2]
+    biased = [] if bias is None else [split(bias, 1, N)]
     tiles, members, group = T // TILE, rows // A.shape[0], span(N)
     shape, added_up, spans = state_shape(N), sums_layout(N), TILE // group
     read, wide, tall = readers(N)
@@ -215,8 +248,11 @@ def backward(u, dt, A, B, C, states, dy, d_final, *forget):
     def kernel(*refs):
         u_g, dt_g, A_g, B_g, C_g, states_g, dy_g, d_final_g, *refs = refs
         forget_g, refs = refs[: len(forget)], refs[len(forget) :]
+        bias_g, refs = refs[: len(biased)], refs[len(biased) :]
         du_g, ddt_g, dA_g, dBC_g, d_start_g, *refs = refs
-        u_s, dt_s, dy_s, B_s, C_s, by_state_s, by_channel_s, arrived, *forget_s = refs
+        d_bias_g, refs = refs[: len(biased)], refs[len(biased) :]
+        u_s, dt_s, dy_s, B_s, C_s, by_state_s, by_channel_s, arrived, *refs = refs
+        forget_s, steps_s = refs[: len(forget)], refs[len(forget) :]
         row, b = lax.axis_index("row"), lax.axis_index("block")
         mine = pl.ds(b * WARPS, WARPS)
 
@@ -235,14 +271,14 @@ def backward(u, dt, A, B, C, states, dy, d_final, *forget):
             fetch(tiles - 1 - i, i)
         log2_rates = read(A_g.at[row // members, mine])
 
-        def one_span(place, slot, k, carry):
-            h, g, dA = carry
+        def one_span(place, slot, all_steps, k, carry):
+            h, g, dA, *d_bias = carry
             past, decays, steps, added = [h], [], [], []
             first, here = k * group, place * spans + k
             before = read(states_g.at[row, jnp.maximum(here - 1, 0), mine])  # on its way while this span is worked on
             for t in range(group):
                 now = first + t
-                step = wide(dt_s.at[slot, now])
+                step = wide(all_steps.at[now])
                 exponent = step * log2_rates
                 a = jnp.exp2(exponent + forget_s[0][slot, now] if forget else exponent)
                 steps.append(step)
@@ -268,17 +304,24 @@ def backward(u, dt, A, B, C, states, dy, d_final, *forget):
             compat.gpu_store(dBC_g.at[row, b, pl.ds(here * 2 * group, 2 * group)], add(totals))
             d_added, d_exponent = (jnp.sum(compat.gpu_load(by_channel_s.at[i], added_up), axis=4) for i in range(2))
             tokens = pl.ds(first, group)
-            step, x = (compat.gpu_load(s.at[slot, tokens], added_up.reduce((4,))) for s in (dt_s, u_s))
+            step, x = (compat.gpu_load(s, added_up.reduce((4,))) for s in (all_steps.at[tokens], u_s.at[slot, tokens]))
             compat.gpu_store(du_g.at[row, pl.ds(here * group, group), mine], (d_added * step).astype(u.dtype))
-            compat.gpu_store(
-                ddt_g.at[row, pl.ds(here * group, group), mine], d_added * x.astype(F32) + d_exponent * math.log(2)
-            )
-            return before, g, dA
+            d_step = d_added * x.astype(F32) + d_exponent * math.log(2)
+            if biased:
+                d_step = d_step * slope(step)
+                d_bias = [d_bias[0] + jnp.sum(d_step, axis=0)]
+            compat.gpu_store(ddt_g.at[row, pl.ds(here * group, group), mine], d_step.astype(dt.dtype))
+            return before, g, dA, *d_bias
 
         def one_tile(i, carry):
             slot, place = lax.rem(i, 2), tiles - 1 - i
             plgpu.barrier_wait(arrived.at[slot])
-            carry = lax.fori_loop(0, spans, lambda k, c: one_span(place, slot, spans - 1 - k, c), carry)
+            steps = dt_s.at[slot]
+            if biased:
+                compat.gpu_store(steps_s[0], steps_of(steps, bias_g[0].at[row // (rows // len(biased[0])), mine], N))
+                plgpu.commit_smem()
+                steps = steps_s[0]
+            carry = lax.fori_loop(0, spans, lambda k, c: one_span(place, slot, steps, spans - 1 - k, c), carry)
             plgpu.commit_smem()
 
             @pl.when(i + 2 < tiles)
@@ -289,13 +332,18 @@ def backward(u, dt, A, B, C, states, dy, d_final, *forget):
 
         zero = plgpu.layout_cast(jnp.zeros(shape, F32), layout(N))
         last = read(states_g.at[row, tiles * spans - 1, mine])
-        _, g, dA = lax.fori_loop(0, tiles, one_tile, (last, read(d_final_g.at[row, mine]), zero))
+        of_channel = added_up.reduce((0, 4))
+        none = [plgpu.layout_cast(jnp.zeros(shape[:3], F32), of_channel) for _ in biased]
+        _, g, dA, *d_bias = lax.fori_loop(0, tiles, one_tile, (last, read(d_final_g.at[row, mine]), zero, *none))
         compat.gpu_store(d_start_g.at[row, mine], g)
         compat.gpu_store(dA_g.at[row, mine], dA)
+        for to, sums in zip(d_bias_g, d_bias, strict=True):
+            compat.gpu_store(to.at[row, mine], sums)
 
     blocks, all_states = E // BLOCK, (E // WIDTH, *shape[1:])
-    out = [((rows, T, *all_states[:3]), dtype) for dtype in (u.dtype, F32)] + [((rows, *all_states), F32)]
+    out = [((rows, T, *all_states[:3]), a.dtype) for a in (u, dt)] + [((rows, *all_states), F32)]
     out += [((rows, blocks, 2 * T, *shape[3:]), F32), ((rows, *all_states), F32)]
+    out += [((rows, *all_states[:3]), F32) for _ in biased]
     scratch = [plgpu.SMEM((2, TILE, *shape[:3]), a.dtype) for a in (u, dt, dy)]
     scratch += [plgpu.SMEM((2, TILE, *shape[3:]), F32) for _ in "BC"]
     # One row more than is used, lest the 8 lanes that write at once meet in a bank.
@@ -303,15 +351,17 @@ def backward(u, dt, A, B, C, states, dy, d_final, *forget):
     scratch += [plgpu.SMEM((2, group, *shape[:4]), F32)]
     scratch += [plgpu.Barrier(num_arrivals=5 + len(forget), num_barriers=2)]
     scratch += [plgpu.SMEM((2, TILE), F32) for _ in forget]
+    scratch += [plgpu.SMEM((TILE, *shape[:3]), F32) for _ in biased]
     run = launch(kernel, "selective_scan_backward", out, scratch, (rows, blocks))
     u, dt, states, dy = (split(a, 2, N) for a in (u, dt, states, dy))
     log2_rates, d_final = (split(a, 1, N) for a in (A * math.log2(math.e), d_final))
     B, C = (a.reshape(rows, T, *shape[3:]) for a in (B, C))
-    du, ddt, dA, dBC, d_start = run(u, dt, log2_rates, B, C, states, dy, d_final, *forget)
+    du, ddt, dA, dBC, d_start, *d_bias = run(u, dt, log2_rates, B, C, states, dy, d_final, *forget, *biased)
     dB, dC = jnp.unstack(dBC.reshape(rows, blocks, T, 2, N), axis=3)
     du, ddt = (a.reshape(rows, T, E) for a in (du, ddt))
-    return [du, ddt, dA.reshape(rows, E, N), dB, dC, d_start.reshape(rows, E, N)]
+    d_bias = [a.reshape(rows, E) for a in d_bias]
+    return [du, ddt, dA.reshape(rows, E, N), dB, dC, d_start.reshape(rows, E, N), *d_bias]
 
 
-FORM = scan.Form(forward, backward, sizes)
+FORM = scan.Form(forward, backward, sizes, raw=True)
 selective_scan = functools.partial(scan.selective_scan, FORM)

@@ -14,11 +14,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 
 F32 = jnp.float32
+
+
+@jax.custom_vjp
+def step_sizes(raw: Float[Array, "*b E"], bias: Float[Array, " E"]) -> Float[Array, "*b E"]:
+    """softplus(raw + bias) in float32. Its gradient is rounded to raw's dtype before the bias sums it: as one float32
+    array for both, it would be written and read once more."""
+    return jax.nn.softplus(raw.astype(F32) + bias)
+
+
+def _step_sizes_backward(kept: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    raw, bias = kept
+    d_raw = (d * jax.nn.sigmoid(raw.astype(F32) + bias)).astype(raw.dtype)
+    return d_raw, d_raw.astype(F32).sum(range(raw.ndim - 1))
+
+
+step_sizes.defvjp(lambda raw, bias: (step_sizes(raw, bias), (raw, bias)), _step_sizes_backward)
 
 
 def selective_scan(

@@ -116,15 +116,15 @@ class Mamba(Mixer):
             self.per_row,
         )  # fmt: skip
         rank, B, C = jnp.split(linear(u, self.weight("x")), [R, R + o.state], axis=-1)
-        dt = step_sizes(linear(rank, self.weight("dt")), self.exact("dt_bias"))
-        y, h = self.per_row(selective_scan.selective_scan, shared=(2,), chunk=o.chunk)(
+        y, h = self.per_row(selective_scan.selective_scan, shared=(2, 7), chunk=o.chunk)(
             u,
-            dt,
+            linear(rank, self.weight("dt")),
             -jnp.exp(self.exact("A_log")),
             B,
             C,
             before["h"] if state is not None else None,
             beginnings(segment_ids, before["segment"] if state is not None else None),
+            self.exact("dt_bias"),
         )
         y = gated(y, u, z, self.weight("D"))
         after = None
@@ -142,22 +142,6 @@ class Mamba(Mixer):
             "conv_segments": past_segments,
             "segment": jnp.zeros((batch,), jnp.int32),
         }
-
-
-@jax.custom_vjp
-def step_sizes(raw: Float[Array, "*b E"], bias: Float[Array, " E"]) -> Float[Array, "*b E"]:
-    """softplus(raw + bias) in float32. Its gradient is rounded to raw's dtype before the bias sums it: as one float32
-    array for both, it would be written and read once more."""
-    return jax.nn.softplus(raw.astype(jnp.float32) + bias)
-
-
-def _step_sizes_backward(kept: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
-    raw, bias = kept
-    d_raw = (d * jax.nn.sigmoid(raw.astype(jnp.float32) + bias)).astype(raw.dtype)
-    return d_raw, d_raw.astype(jnp.float32).sum(range(raw.ndim - 1))
-
-
-step_sizes.defvjp(lambda raw, bias: (step_sizes(raw, bias), (raw, bias)), _step_sizes_backward)
 
 
 @pointwise

@@ -38,6 +38,30 @@ def test_equals_the_reference_in_values_and_all_gradients(small_tiles, shape, dt
     checks.equals_the_reference("mosaic_gpu", shape, dtype, rates, documents)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "raw", "documents"),
+    [
+        ((2, 11, 70, 5), jnp.float32, jnp.float32, True),
+        ((1, 19, 8, 16), jnp.bfloat16, jnp.bfloat16, False),  # three tiles
+        ((1, 9, 3, 32), jnp.float32, jnp.bfloat16, False),
+    ],
+)
+def test_raw_steps(small_tiles, shape, dtype, raw, documents):
+    checks.equals_the_reference("mosaic_gpu", shape, dtype, "mild", documents, raw=raw)
+
+
+def test_steps_are_right_whatever_their_size():
+    """And their slopes, which are worked out of them."""
+    from pallas_kernels.selective_scan import gpu
+
+    x = jnp.concatenate([jnp.linspace(-30, 30, 4001), jnp.asarray([-1e30])])
+    exact = np.asarray(x, np.float64)
+    with np.errstate(over="ignore"):  # 1 / inf is the zero that is meant
+        sigmoid = 1 / (1 + np.exp(-exact))
+    np.testing.assert_allclose(gpu.softplus(x), np.log1p(np.exp(exact)), rtol=5e-6)
+    np.testing.assert_allclose(gpu.slope(gpu.softplus(x)), sigmoid, rtol=5e-6)
+
+
 def test_without_a_state_and_its_cotangent(small_tiles):
     """What a training step asks for: no initial state, the last one unused."""
     (*arrays, _), (dy, _), _ = checks.inputs(1, 5, 8, 8)
@@ -51,7 +75,7 @@ def test_without_a_state_and_its_cotangent(small_tiles):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("shared", [(2,), (0, 3)])
+@pytest.mark.parametrize("shared", [(2,), (0, 3), (2, 6), (1, 6)])
 def test_a_population_equals_its_members(small_tiles, shared):
     checks.a_population_equals_its_members("mosaic_gpu", shared)
 
