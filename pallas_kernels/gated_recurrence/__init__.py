@@ -31,10 +31,11 @@ def gated_recurrence(
     accumulate in float32. Only exponentials of non-positive numbers are formed.
     FLOPs per token, with c = (Q + 1) / 2 visible positions on average in a chunk of Q: G 2 dk c + H (2 dv c + 4 dk dv
     + 2 dk dv / Q); the plain form runs the full square, Q in place of c, and pads T to whole chunks.
-    Memory between the passes: the inputs; the backward pass works the chunks out again. Its temporaries are, plain:
-    scores and decays of all chunks, T Q (G + H) numbers a row, and T / Q states; by the kernels, where Q is 64 on
-    Hopper and 128 on TPUs: T / Q states and, where groups are fewer than heads, the gradients of q and k head by head.
-    The kernels pad widths to multiples of 64 on Hopper, of 128 on TPUs.
+    Memory between the passes: the inputs; the backward pass works the chunks out again. On Hopper, where heads of 64
+    values share keys, also T / Q states in v's dtype. Its temporaries are, plain: scores and decays of all chunks, T Q
+    (G + H) numbers a row, and T / Q states; by the kernels, where Q is 64 on Hopper and 128 on TPUs: T / Q states and,
+    where heads share keys otherwise, the gradients of q and k head by head. The kernels pad widths to multiples of 64
+    on Hopper, of 128 on TPUs.
     Raises `ValueError` for a chunk below 1, a G that does not divide H, and `kernels` of no form;
     `dispatch.Unsupported`, which is one too, where the form that `kernels` names does not take the arguments.
     Source: Dao & Gu 2024 (arXiv 2405.21060); Yang et al. 2023 (arXiv 2312.06635).
