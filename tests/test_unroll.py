@@ -6,11 +6,14 @@ import pytest
 
 from scalelab import data, update
 from scalelab.config import base, finish
+from scalelab.models import lm
 from tests.helpers import TINY
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_a_step_is_the_same_written_out_or_in_a_loop(layers):
+@pytest.mark.parametrize(("layers", "apart"), [(1, lm.APART), (3, lm.APART), (3, 0)])
+def test_a_step_is_the_same_written_out_or_in_a_loop(layers, apart, monkeypatch):
+    """However the layers' gradients are put together."""
+    monkeypatch.setattr(lm, "APART", apart)
     results = []
     for unroll in (1, 2, 0):
         conf = finish(base(), {**TINY, "model.layers": layers, "unroll": unroll or 10**6})

@@ -124,12 +124,16 @@ def slope(step: Array) -> Array:
     return jnp.where(step < 1 / 16, series, 1.0 - jnp.exp2(step * -math.log2(math.e)))
 
 
-def steps_of(raw: Any, bias: Any, N: int) -> Array:
-    """Of a tile, in a layout in which every number is worked out once."""
-    by_channel = sums_layout(N)
-    shape = (TILE, *state_shape(N)[:3])
-    b = over(compat.gpu_load(bias, by_channel.reduce((0, 4))), shape, 1, 2, 3)
-    return softplus(compat.gpu_load(raw, by_channel.reduce((4,))).astype(F32) + b)
+def steps_of(dt: Any, bias: Any, to: Any, N: int) -> Any:
+    """A tile's steps: dt or, where there is a bias, softplus of both, in `to`; each is worked out by one thread."""
+    if not bias:
+        return dt
+    by_channel, shape = sums_layout(N), (TILE, *state_shape(N)[:3])
+    raw = compat.gpu_load(dt, by_channel.reduce((4,))).astype(F32)
+    raw += over(compat.gpu_load(bias[0], by_channel.reduce((0, 4))), shape, 1, 2, 3)
+    compat.gpu_store(to[0], softplus(raw))
+    plgpu.commit_smem()
+    return to[0]
 
 
 def launch(body: Any, name: str, out: Any, scratch: Any, grid: tuple[int, int]) -> Any:
@@ -167,6 +171,7 @@ def forward(u, dt, A, B, C, start, *forget, keep, bias=None):
         forget_s, steps_s = refs[: len(forget)], refs[len(forget) :]
         row, b = lax.axis_index("row"), lax.axis_index("block")
         mine = pl.ds(b * WARPS, WARPS)
+        own_bias = [g.at[row // (rows // len(a)), mine] for g, a in zip(bias_g, biased, strict=True)]
 
         def fetch(i, slot):
             tokens = pl.ds(i * TILE, TILE)
@@ -199,11 +204,7 @@ def forward(u, dt, A, B, C, start, *forget, keep, bias=None):
             slot = lax.rem(i, 2)
             plgpu.barrier_wait(arrived.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            steps = dt_s.at[slot]
-            if biased:
-                compat.gpu_store(steps_s[0], steps_of(steps, bias_g[0].at[row // (rows // len(biased[0])), mine], N))
-                plgpu.commit_smem()
-                steps = steps_s[0]
+            steps = steps_of(dt_s.at[slot], own_bias, steps_s, N)
             h = lax.fori_loop(0, spans, functools.partial(one_span, i, slot, steps), h)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_s, y_g.at[row, pl.ds(i * TILE, TILE), mine])
@@ -255,6 +256,7 @@ def backward(u, dt, A, B, C, states, dy, d_final, *forget, bias=None):
         forget_s, steps_s = refs[: len(forget)], refs[len(forget) :]
         row, b = lax.axis_index("row"), lax.axis_index("block")
         mine = pl.ds(b * WARPS, WARPS)
+        own_bias = [g.at[row // (rows // len(a)), mine] for g, a in zip(bias_g, biased, strict=True)]
 
         def fetch(i, slot):
             tokens = pl.ds(i * TILE, TILE)
@@ -316,11 +318,7 @@ def backward(u, dt, A, B, C, states, dy, d_final, *forget, bias=None):
         def one_tile(i, carry):
             slot, place = lax.rem(i, 2), tiles - 1 - i
             plgpu.barrier_wait(arrived.at[slot])
-            steps = dt_s.at[slot]
-            if biased:
-                compat.gpu_store(steps_s[0], steps_of(steps, bias_g[0].at[row // (rows // len(biased[0])), mine], N))
-                plgpu.commit_smem()
-                steps = steps_s[0]
+            steps = steps_of(dt_s.at[slot], own_bias, steps_s, N)
             carry = lax.fori_loop(0, spans, lambda k, c: one_span(place, slot, steps, spans - 1 - k, c), carry)
             plgpu.commit_smem()
 

@@ -29,6 +29,7 @@ from scalelab.models.spec import BlockSpec, Spec
 from scalelab.parametrization import Rule, Source, Tensor, rule, with_base
 
 PARTS = ("prefix", "period", "suffix")  # of the stack
+APART = 2**20  # bytes of a layer's gradient that is written to its place by itself
 Params = dict[str, Any]  # nested, of raw arrays; the repeated period's have a leading axis, one entry a repeat
 
 
@@ -324,13 +325,13 @@ def _written_out(body: Callable[..., Any], x: Array, xs: Any) -> tuple[Array, An
 
 @jax.custom_vjp
 def cut(a: Array) -> list[Array]:
-    """The layers of a stacked array, whose gradients of a MB and more are written each to its place: small ones are
-    stacked in one pass, since every pass costs a microsecond or two."""
+    """The layers of a stacked array. Their gradients are written each to its place; small ones are stacked in one pass,
+    since every pass costs a microsecond or two."""
     return list(a)
 
 
 def _cut_backward(_: None, d: list[Array]) -> tuple[Array]:
-    if d[0].nbytes < 2**20:
+    if d[0].nbytes < APART:
         return (jnp.stack(d),)
     whole = jnp.zeros((len(d), *d[0].shape), d[0].dtype)
     for i, layer in enumerate(d):
