@@ -105,7 +105,7 @@ def test_bad_input(capsys):
 
 @pytest.mark.parametrize(("said", "note"), [("", "MemoryError"), ("\n", "MemoryError"), ("full\nof it", "full")])
 def test_one_that_fails_is_a_row(said, note, monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise MemoryError(said)
 
     monkeypatch.setattr(throughput, "median_seconds", fails)
